@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'outputs_folder', 'storage_error', 'make_folder', 'whole', 'write_json', 'read_json', 'plain',
-           'config_hash', 'stage_folder', 'versions', 'locked', 'seed_sequence', 'seed_number', 'Live', 'duration']
+           'config_hash', 'stage_folder', 'versions', 'locked', 'seed_sequence', 'seed_number', 'Live', 'duration',
+           'cores', 'run_parallel']
 
-# %% ../nbs/00b_stages.ipynb #58eaae2d
+# %% ../nbs/00b_stages.ipynb #a65102ba
 import errno
 import hashlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -189,3 +191,32 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+# %% ../nbs/00b_stages.ipynb #621a53e4
+def cores() -> int:
+    "Processor cores this process may use."
+    import joblib
+
+    return joblib.cpu_count()
+
+
+def run_parallel(calls: list, jobs: int | None = None, report=None) -> list:
+    "Results of `joblib.delayed` calls, in order; `report()` gives the text shown while they run."
+    from joblib import Parallel
+
+    live, stop = Live(), threading.Event()
+
+    def watch():
+        while not stop.wait(live.every):
+            live.show(report())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if report is not None:
+        watcher.start()
+    try:
+        return Parallel(n_jobs=min(jobs or cores(), max(1, len(calls))))(calls)
+    finally:
+        stop.set()
+        if report is not None:
+            watcher.join()
+            live.show(report(), final=True)
