@@ -1,0 +1,59 @@
+# `make` prints what there is to run. Every target installs first when that is needed.
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test lab figures clean force
+
+PYTHON ?=
+SCALE ?= cpu
+# notebook:experiment of every figure; each is drawn into outputs/SCALE/
+FIGURES = 10_figure3:grid
+
+OUTPUTS := $(if $(GLA_NB_OUTPUTS),$(GLA_NB_OUTPUTS),outputs)
+PAPERMILL := .venv/bin/papermill
+
+# The stamp names the folder it was made in: a checkout that was moved or copied installs again,
+# as does one whose interpreter has gone.
+ifneq ($(shell .venv/bin/python -c '' 2>/dev/null && cat .venv/.installed),$(CURDIR))
+.venv/.installed: force
+endif
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+.venv: .venv/.installed  ## install into .venv (Python 3.11 or newer; PYTHON=... chooses one)
+	@echo "Installed: .venv"
+
+.venv/.installed: settings.ini setup.py constraints.txt
+	@.ci/install "$(PYTHON)"
+
+demo: .venv/.installed  ## from nothing to Figure 3 (left) on two CPU cores, in minutes
+	@mkdir -p "$(OUTPUTS)/demo"
+	$(PAPERMILL) nbs/10_figure3.ipynb "$(OUTPUTS)/demo/figure3_grid.ipynb" \
+	    -p experiment grid -p scale cpu -p controls False -p folder demo
+	@echo
+	@cat "$(OUTPUTS)/demo/figure3_grid_table.md"
+	@echo
+	@echo "Figure: $(OUTPUTS)/demo/figure3_grid.png, with the notebook that drew it beside it."
+
+test: .venv/.installed  ## all checks: package in sync, style, notebooks, tests
+	@.ci/test
+
+lab: .venv/.installed  ## JupyterLab
+	.venv/bin/jupyter-lab
+
+figures: .venv/.installed  ## every figure at SCALE=smoke, cpu or paper, into outputs/SCALE
+	@case "$(SCALE)" in smoke|cpu|paper) ;; \
+	    *) echo "unknown SCALE=$(SCALE): use smoke, cpu or paper" >&2; exit 2 ;; esac
+	@mkdir -p "$(OUTPUTS)/$(SCALE)"
+	@set -e; for figure in $(FIGURES); do \
+	    notebook=$${figure%:*}; experiment=$${figure#*:}; \
+	    echo "== $$notebook, experiment $$experiment, scale $(SCALE)"; \
+	    $(PAPERMILL) "nbs/$$notebook.ipynb" \
+	        "$(OUTPUTS)/$(SCALE)/$${notebook#*_}_$$experiment.ipynb" \
+	        -p experiment "$$experiment" -p scale "$(SCALE)"; \
+	done
+
+clean:  ## remove .venv, caches, demo and smoke outputs (histories and checkpoints stay)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf "$(OUTPUTS)/demo" "$(OUTPUTS)/smoke"
+	find gla_nb nbs tests -name __pycache__ -o -name .ipynb_checkpoints | while IFS= read -r folder; \
+	    do rm -rf "$$folder"; done

@@ -1,0 +1,158 @@
+"`make` on machines without a suitable Python, and after installations that were interrupted."
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = "awk bash cat dirname env find make mkdir mktemp mv rm sed sh sleep touch".split()
+
+# Stands for an interpreter: suits, makes environments that hold a copy of itself, and "installs"
+# by adding a line to a log; slow.txt keeps pip busy, broken.txt makes it fail.
+PRETENDER = """#!/bin/sh
+case "$1 $2" in
+  "-c "*"version_info"*) echo True ;;
+  "-m venv") mkdir -p "$3/bin"; cat "$0" > "$3/bin/python"; chmod +x "$3/bin/python"; echo venv >> log.txt ;;
+  "-m pip") case "$3" in install)
+      if [ -e slow.txt ]; then echo started >> log.txt; exec sleep 60; fi
+      if [ -e broken.txt ]; then echo "pip: no network" >&2; exit 1; fi
+      echo pip >> log.txt ;; esac ;;
+  "--version "*) echo "Python 3.12.0" ;;
+esac
+"""  # noqa: E501
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    "What the set-up needs, in a folder whose name has spaces, with a PATH that has no Python."
+    folder = tmp_path / "a check out"
+    folder.mkdir()
+    for name in ("Makefile", "settings.ini", "setup.py", "constraints.txt"):
+        shutil.copy2(ROOT / name, folder)
+    shutil.copytree(ROOT / ".ci", folder / ".ci")
+    (tmp_path / "bin").mkdir()
+    for name in [*TOOLS, "chmod"]:
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    return folder
+
+
+def make(checkout, *words, **options):
+    environment = {"PATH": str(checkout.parent / "bin"), "HOME": str(checkout.parent)}
+    return subprocess.Popen(
+        ["make", *words],
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group that a test may kill
+        **options,
+    )
+
+
+def finish(process, timeout=60):
+    output = process.communicate(timeout=timeout)[0]
+    return process.returncode, output
+
+
+def pretend(checkout):
+    "Put the pretender on the PATH as python3.12."
+    path = checkout.parent / "bin" / "python3.12"
+    path.write_text(PRETENDER)
+    path.chmod(0o755)
+
+
+def log(checkout):
+    path = checkout / "log.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_help_lists_every_target(checkout):
+    code, output = finish(make(checkout))
+    assert code == 0
+    for target in (".venv", "demo", "test", "lab", "figures", "clean"):
+        assert f"make {target} " in output
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("target", [".venv", "demo", "test"])
+def test_a_missing_python_is_said_clearly(checkout, target):
+    code, output = finish(make(checkout, target, f"PYTHON={shutil.which('false')}"))
+    assert code != 0
+    assert "No Python 3.11 or newer" in output and "PYTHON=" in output
+    assert not (checkout / ".venv").exists()
+
+
+def test_shims_that_fail_are_passed_over(checkout):
+    for name in ("python3.11", "python3"):
+        shim = checkout.parent / "bin" / name
+        shim.write_text("#!/bin/sh\necho 'command not found' >&2; exit 127\n")
+        shim.chmod(0o755)
+    pretend(checkout)
+    code, output = finish(make(checkout, ".venv"))
+    assert code == 0, output
+    assert log(checkout) == ["venv", "pip"]
+
+
+def test_up_to_date_until_a_dependency_or_the_place_changes(checkout):
+    pretend(checkout)
+    assert finish(make(checkout, ".venv"))[0] == 0
+    assert finish(make(checkout, ".venv"))[0] == 0
+    assert log(checkout) == ["venv", "pip"]
+    later = time.time() + 5
+    os.utime(checkout / "constraints.txt", (later, later))
+    assert finish(make(checkout, ".venv"))[0] == 0
+    assert log(checkout) == ["venv", "pip", "pip"], "installed again, in the same environment"
+    moved = checkout.with_name("moved check out")
+    checkout.rename(moved)
+    assert finish(make(moved, ".venv"))[0] == 0
+    assert log(moved)[3:] == ["venv", "pip"], "scripts in .venv/bin name the old folder"
+
+
+def test_a_failing_pip_is_shown_and_the_next_make_completes(checkout):
+    pretend(checkout)
+    (checkout / "broken.txt").touch()
+    code, output = finish(make(checkout, ".venv"))
+    assert code != 0 and "no network" in output and "did not finish" in output
+    (checkout / "broken.txt").unlink()
+    assert finish(make(checkout, ".venv"))[0] == 0
+    assert log(checkout) == ["venv", "venv", "pip"]
+
+
+def test_after_a_kill_the_next_make_completes(checkout):
+    pretend(checkout)
+    (checkout / "slow.txt").touch()
+    process = make(checkout, ".venv")
+    while "started" not in log(checkout):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    (checkout / "slow.txt").unlink()
+    code, output = finish(make(checkout, ".venv"))
+    assert code == 0, output
+    assert log(checkout) == ["venv", "started", "venv", "pip"]
+    assert (checkout / ".venv" / ".installed").exists()
+    assert not (checkout / ".venv" / ".installing").exists()
+
+
+@pytest.mark.parametrize("left", ["empty", "python without pip"])
+def test_a_half_made_environment_is_repaired(checkout, left):
+    pretend(checkout)
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    if left != "empty":
+        (checkout / ".venv" / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+        (checkout / ".venv" / "bin" / "python").chmod(0o755)
+    assert finish(make(checkout, ".venv"))[0] == 0
+    assert log(checkout) == ["venv", "pip"]
+
+
+def test_an_unknown_scale_is_refused(checkout):
+    pretend(checkout)
+    code, output = finish(make(checkout, "figures", "SCALE=huge"))
+    assert code != 0 and "huge" in output and "smoke, cpu or paper" in output
