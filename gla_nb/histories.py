@@ -51,12 +51,12 @@ def row_fields(meta) -> dict:
         "update": ((), np.dtype("<i4")),
     }
 
-# %% ../nbs/01a_histories.ipynb #43c8f47f
+# %% ../nbs/01a_histories.ipynb #fde964e0
 class ArrayFile:
     "A new `.npy` file of `shape` (streams, rows, ...), written in place. Raises `OSError`, named."
 
     def __init__(self, path, shape, dtype):
-        self.path, self.shape, self.descriptor = path, tuple(shape), None
+        self.path, self.shape = path, tuple(shape)
         self.row_bytes = math.prod(shape[2:]) * dtype.itemsize
         header = {"descr": dtype.str, "fortran_order": False, "shape": self.shape}
         try:
@@ -64,7 +64,7 @@ class ArrayFile:
                 np.lib.format.write_array_header_1_0(file, header)
                 self.offset = file.tell()
                 file.truncate(self.offset + math.prod(shape[:2]) * self.row_bytes)
-            self.descriptor = os.open(path, os.O_WRONLY)
+            self.file = open(path, "r+b", buffering=0)
         except OSError as error:
             raise storage_error(path, error) from error
 
@@ -75,13 +75,13 @@ class ArrayFile:
             position = self.offset + (stream * self.shape[1] + row) * self.row_bytes
             try:
                 while len(data):  # a disk that fills up takes a part, and raises at the next call
-                    written = os.pwrite(self.descriptor, data, position)
+                    written = os.pwrite(self.file.fileno(), data, position)
                     data, position = data[written:], position + written
             except OSError as error:
                 raise storage_error(self.path, error) from error
 
     def close(self):
-        os.close(self.descriptor)
+        self.file.close()
 
 # %% ../nbs/01a_histories.ipynb #4d64929c
 def new_meta(
