@@ -13,7 +13,7 @@ __all__ = ['ENVIRONMENT', 'ACTION', 'SHUFFLE', 'FEEDBACK', 'MEMORY', 'CURVE', 'E
            'Claim', 'curve_label', 'claim_row', 'claim_rows', 'claims_table', 'update_claims', 'summary',
            'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test']
 
-# %% ../nbs/04_evaluate.ipynb #209ebf27
+# %% ../nbs/04_evaluate.ipynb #c6d7d755
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -28,7 +28,16 @@ from scipy import stats
 
 from .histories import History, open_history
 from .projections import TokenLayout, make_tokens
-from .stages import Live, duration, locked, seed_number, seed_sequence, stage_folder, whole
+from gla_nb.stages import (
+    Live,
+    duration,
+    locked,
+    outputs_folder,
+    seed_number,
+    seed_sequence,
+    stage_folder,
+    whole,
+)
 from .tasks import Task, check_finite, final_observations, find_task, make_vector_env
 from .transformer import sample
 
@@ -361,7 +370,7 @@ def run_lifetimes(actor, environments, task, seeds, interactions, feedback, yoke
         del record["forward_reward"]
     return record
 
-# %% ../nbs/04_evaluate.ipynb #2b62a481
+# %% ../nbs/04_evaluate.ipynb #2277c094
 def progress(title: str, lifetimes: int, interactions: int) -> Callable[[int], None]:
     "A function of the interactions done so far that shows speed and time left."
     live, start = Live(), time.monotonic()
@@ -372,7 +381,8 @@ def progress(title: str, lifetimes: int, interactions: int) -> Callable[[int], N
         speed = done / max(time.monotonic() - start, 1e-9)
         live.show(
             f"{title}: {done:,} of {interactions:,} interactions in {lifetimes} lifetimes, "
-            f"{speed * lifetimes:,.0f} steps/s, {duration((interactions - done) / speed)} left",
+            f"{speed * lifetimes:,.0f} steps/s"
+            + (f", {duration((interactions - done) / speed)} left" if done < interactions else ""),
             final=done == interactions,
         )
 
@@ -453,7 +463,7 @@ def bins_table(lifetimes: Lifetimes) -> pd.DataFrame:
     )
     return table.assign(task=lifetimes.task, agent=lifetimes.agent, gap=str(lifetimes.gap))[BINS]
 
-# %% ../nbs/04_evaluate.ipynb #0859f4d1
+# %% ../nbs/04_evaluate.ipynb #53b74811
 TEXT = ["task", "agent", "gap", "claim", "figure", "against"]
 
 
@@ -472,7 +482,6 @@ def read_table(path) -> pd.DataFrame:
             dtype={name: "str" for name in TEXT},
             keep_default_na=False,
             na_values={name: [""] for name in ("forward_reward", "action_rms")},
-            float_precision="round_trip",
         )
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a table ({error}): remove it to make it again") from error
@@ -719,7 +728,7 @@ def claims_table(figure: str, claims: list[Claim], episodes, bins) -> pd.DataFra
     "Every claim of a figure, from its two tables (`read_table` of the CSV files, or in memory)."
     return pd.concat([claim_rows(c, figure, episodes, bins) for c in claims], ignore_index=True)
 
-# %% ../nbs/04_evaluate.ipynb #71f49c8a
+# %% ../nbs/04_evaluate.ipynb #1d7b2611
 def update_claims(path, figure: str, claims: pd.DataFrame) -> pd.DataFrame:
     "Replace the rows of `figure` in claims.csv, keep those of other figures; returns all of them."
     wrong = set(claims["figure"]) - {figure}
@@ -727,7 +736,7 @@ def update_claims(path, figure: str, claims: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(
             f"not claims of {figure!r}: figures {sorted(wrong)}, {list(claims.columns)}"
         )
-    with locked(Path(path).parent):
+    with locked(outputs_folder()):  # two figures may end at the same time
         if Path(path).exists():
             others = read_table(path)
             others = others[others["figure"] != figure]
