@@ -12,7 +12,7 @@ PAPERMILL := .venv/bin/papermill
 
 # The stamp names the folder it was made in: a checkout that was moved or copied installs again,
 # as does one whose interpreter has gone.
-ifneq ($(shell .venv/bin/python -c '' 2>/dev/null && cat .venv/.installed),$(CURDIR))
+ifneq ($(shell { .venv/bin/python -c '' && cat .venv/.installed; } 2>/dev/null),$(CURDIR))
 .venv/.installed: force
 endif
 

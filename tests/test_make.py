@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,18 +14,24 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = "awk bash cat dirname env find make mkdir mktemp mv rm sed sh sleep touch".split()
 
 # Stands for an interpreter: suits, makes environments that hold a copy of itself, and "installs"
-# by adding a line to a log; slow.txt keeps pip busy, broken.txt makes it fail.
+# by adding a line to a log. While slow.txt exists pip is busy; broken.txt makes it fail.
 PRETENDER = """#!/bin/sh
 case "$1 $2" in
   "-c "*"version_info"*) echo True ;;
-  "-m venv") mkdir -p "$3/bin"; cat "$0" > "$3/bin/python"; chmod +x "$3/bin/python"; echo venv >> log.txt ;;
-  "-m pip") case "$3" in install)
-      if [ -e slow.txt ]; then echo started >> log.txt; exec sleep 60; fi
+  "-c "*"flock"*) exec "INTERPRETER" "$@" ;;
+  "-m venv")
+    mkdir -p "$3/bin" && cat "$0" > "$3/bin/python" && chmod +x "$3/bin/python"
+    echo venv >> log.txt ;;
+  "-m pip")
+    if [ "$3" = install ]; then
+      echo started >> log.txt
+      while [ -e slow.txt ]; do sleep 0.1; done
       if [ -e broken.txt ]; then echo "pip: no network" >&2; exit 1; fi
-      echo pip >> log.txt ;; esac ;;
+      echo pip >> log.txt
+    fi ;;
   "--version "*) echo "Python 3.12.0" ;;
 esac
-"""  # noqa: E501
+""".replace("INTERPRETER", sys.executable)
 
 
 @pytest.fixture
@@ -67,9 +74,16 @@ def pretend(checkout):
     path.chmod(0o755)
 
 
-def log(checkout):
+def log(checkout, slow=False):
     path = checkout / "log.txt"
-    return path.read_text().split() if path.exists() else []
+    words = path.read_text().split() if path.exists() else []
+    return words if slow else [word for word in words if word != "started"]
+
+
+def wait_for_pip(checkout, process):
+    while "started" not in log(checkout, slow=True):
+        assert process.poll() is None
+        time.sleep(0.05)
 
 
 def test_help_lists_every_target(checkout):
@@ -128,17 +142,28 @@ def test_after_a_kill_the_next_make_completes(checkout):
     pretend(checkout)
     (checkout / "slow.txt").touch()
     process = make(checkout, ".venv")
-    while "started" not in log(checkout):
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_pip(checkout, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
     (checkout / "slow.txt").unlink()
     code, output = finish(make(checkout, ".venv"))
     assert code == 0, output
-    assert log(checkout) == ["venv", "started", "venv", "pip"]
+    assert log(checkout) == ["venv", "venv", "pip"]
     assert (checkout / ".venv" / ".installed").exists()
     assert not (checkout / ".venv" / ".installing").exists()
+
+
+def test_two_makes_at_once_install_once(checkout):
+    pretend(checkout)
+    (checkout / "slow.txt").touch()
+    first = make(checkout, ".venv")
+    wait_for_pip(checkout, first)
+    second = make(checkout, ".venv")
+    assert "waiting" in second.stdout.readline()
+    (checkout / "slow.txt").unlink()
+    assert finish(first)[0] == 0
+    assert finish(second)[0] == 0
+    assert log(checkout) == ["venv", "pip"]
 
 
 @pytest.mark.parametrize("left", ["empty", "python without pip"])
