@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .projections import TokenLayout
 from .stages import make_folder, plain, read_json, storage_error, versions, write_json
 
-# %% ../nbs/02b_transformer.ipynb #b47b5362
+# %% ../nbs/02b_transformer.ipynb #0cb9eef1
 @dataclass(frozen=True)
 class GLAConfig:
     "Shape of the network. Raises `ValueError` where the sizes do not fit each other."
@@ -35,7 +35,7 @@ class GLAConfig:
     layout: TokenLayout  # what stands in a token
     layers: int = 3
     width: int = 64  # of the residual stream
-    heads: int = 4
+    heads: int = 2
     window: int = 256  # tokens that each token attends to, itself included
     mlp_ratio: int = 4  # hidden units of the MLP as a multiple of `width`
     log_std_min: float = -5.0  # bounds of the Gaussian policy's log standard deviation
@@ -99,7 +99,7 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2)
 
-# %% ../nbs/02b_transformer.ipynb #4b5eff15
+# %% ../nbs/02b_transformer.ipynb #3902edb9
 class Block(nn.Module):
     "Pre-norm attention and MLP on a residual stream `(..., width)`."
 
@@ -127,22 +127,25 @@ class Block(nn.Module):
     def forward(self, x, rotation, mask):
         "`x (B, T, width)`; mask `(T, T)`, or None for plain causal attention."
         q, k, v = (part.transpose(1, 2) for part in self.project(x, rotation))  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        # CPUs are slower at attention in bfloat16 than in float32; GPUs keep their autocast here.
+        with torch.autocast("cpu", enabled=False):
+            causal = mask is None
+            y = F.scaled_dot_product_attention(q, k, v.to(q), attn_mask=mask, is_causal=causal)
         return self.mlp(x + self.out(y.transpose(1, 2).flatten(-2)))
 
     def step(self, x, rotation, keys, values, slots, hidden):
-        "`x (B, width)`; `slots (B,)` of `keys` and `values (B, H, window, D)` take the new token."
+        "`x (B, width)`; `slots (B,)` of `keys` and `values (B, H, S, D)` take the new token."
         q, k, v = self.project(x, rotation)  # (B, H, D)
-        rows, seen = torch.arange(len(x), device=x.device), hidden.shape[-1]
-        keys[rows, :, slots], values[rows, :, slots] = k.to(keys.dtype), v.to(values.dtype)
-        # (B * H, 1, D) times (B * H, D, seen): a batched product is faster here than SDPA
-        q = q.flatten(0, 1).unsqueeze(1).to(keys.dtype) * q.shape[-1] ** -0.5
-        scores = q @ keys[:, :, :seen].flatten(0, 1).mT
-        scores = scores.view(len(x), -1, seen) + hidden
-        y = scores.softmax(-1).view(-1, 1, seen) @ values[:, :, :seen].flatten(0, 1)
-        return self.mlp(x + self.out(y.view(x.shape).to(x.dtype)))
+        rows = torch.arange(len(x), device=x.device)
+        keys[rows, :, slots], values[rows, :, slots] = k.to(keys), v.to(values)
+        # A batched product of (1, D) and (D, S) is faster here than scaled_dot_product_attention.
+        scores = (q[:, :, None].to(keys) * q.shape[-1] ** -0.5) @ keys.mT  # (B, H, 1, S)
+        if hidden is not None:
+            scores = scores + hidden
+        y = scores.softmax(-1) @ values
+        return self.mlp(x + self.out(y.flatten(1).to(x)))
 
-# %% ../nbs/02b_transformer.ipynb #6c22c641
+# %% ../nbs/02b_transformer.ipynb #705f81b6
 @dataclass
 class Cache:
     "Keys and values of the last `window` tokens of each lifetime."
@@ -158,25 +161,28 @@ class Cache:
         self.values[:, rows] = 0.0
         self.positions[rows] = 0
 
-    def hidden(self) -> torch.Tensor:
-        "`(B, 1, slots)`: 0 for filled slots, -inf for others, with the next token already in."
+    def seen(self) -> tuple[int, torch.Tensor | None]:
+        "Slots in use once the next token is in, and -inf for those that a lifetime has not filled."
         filled = (self.positions + 1).clamp(max=self.keys.shape[3])
-        slots = torch.arange(int(filled.max()), device=filled.device)
-        hidden = torch.zeros(
-            len(filled), 1, len(slots), device=filled.device, dtype=self.keys.dtype
-        )
-        return hidden.masked_fill_((slots >= filled[:, None])[:, None], -torch.inf)
+        least, most = (int(extreme) for extreme in filled.aminmax())
+        if least == most:
+            return most, None
+        unfilled = torch.arange(most, device=filled.device) >= filled[:, None]
+        hidden = torch.zeros_like(unfilled, dtype=self.keys.dtype)
+        return most, hidden.masked_fill_(unfilled, -torch.inf)[:, None, None]  # (B, 1, 1, slots)
 
-# %% ../nbs/02b_transformer.ipynb #5c161eb6
+# %% ../nbs/02b_transformer.ipynb #ed82e854
 def initialise(network: nn.Module, seed: int):
-    "Normal weights of standard deviation 0.02, smaller where a layer adds to the residual stream."
+    "Normal weights of variance 1 / inputs, less in residual layers and the head; biases are zero."
     generator = torch.Generator().manual_seed(seed)
-    residual = 0.02 / math.sqrt(2 * network.config.layers)
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif "norm" not in name:
-            std = residual if name.endswith(("out.weight", "down.weight")) else 0.02
+            # GPT-2's fixed 0.02 is made for width 768: narrow networks took twice as long with it.
+            std = 0.02 if name == "head.weight" else parameter.shape[1] ** -0.5
+            if name.endswith(("out.weight", "down.weight")):
+                std /= math.sqrt(2 * network.config.layers)
             nn.init.normal_(parameter, std=std, generator=generator)
 
 # %% ../nbs/02b_transformer.ipynb #313a98b5
@@ -189,7 +195,7 @@ def check_tokens(tokens, expected):
     if not fits:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)} do not fit {expected}")
 
-# %% ../nbs/02b_transformer.ipynb #358f2791
+# %% ../nbs/02b_transformer.ipynb #b85387b5
 class Decoder(nn.Module):
     "Tokens to the parameters of action distributions, for sequences and one step at a time."
 
@@ -217,10 +223,11 @@ class Decoder(nn.Module):
     def step(self, tokens, cache: Cache, active: torch.Tensor | None = None) -> torch.Tensor:
         "`(B, layout.width)` to `(B, outputs)`, one token each; rows not `active` read nothing."
         check_tokens(tokens, (len(cache.positions), self.config.layout.width))
-        x, rotation, hidden = self.embed(tokens), self.rotation(cache.positions), cache.hidden()
+        x, rotation = self.embed(tokens), self.rotation(cache.positions)
         slots = cache.positions % self.config.window
+        seen, hidden = cache.seen()
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block.step(x, rotation, keys, values, slots, hidden)
+            x = block.step(x, rotation, keys[:, :, :seen], values[:, :, :seen], slots, hidden)
         # The slot just written is the one that the next token overwrites: not counting is undoing.
         cache.positions += 1 if active is None else active
         return self.read(x)
