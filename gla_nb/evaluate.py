@@ -94,7 +94,7 @@ def check_lifetimes(lifetimes: Lifetimes):
             f"{interactions} interactions cannot be shared by streams={lifetimes.streams}"
         )
 
-# %% ../nbs/04_evaluate.ipynb #2b8d2b95
+# %% ../nbs/04_evaluate.ipynb #c9798556
 def save_lifetimes(lifetimes: Lifetimes, path) -> Path:
     "Write `.npz` with one array for each field that is set."
     values = {field.name: getattr(lifetimes, field.name) for field in fields(lifetimes)}
@@ -105,7 +105,7 @@ def save_lifetimes(lifetimes: Lifetimes, path) -> Path:
         )
     return Path(path)
 
-
+# %% ../nbs/04_evaluate.ipynb #abe88669
 def load_lifetimes(path) -> Lifetimes:
     "Read what `save_lifetimes` wrote. Raises `ValueError` that names a damaged or foreign file."
     try:
@@ -183,7 +183,7 @@ class InContext:
         tokens = make_tokens(self.layout, observation, *self.previous, first, eta)
         return self.agent.step(tokens.to(self.device), self.cache, active)
 
-# %% ../nbs/04_evaluate.ipynb #1c03823d
+# %% ../nbs/04_evaluate.ipynb #c36a362b
 def check_fits(layout: TokenLayout, environments):
     "Raise `ValueError` that names both sides when an agent cannot act in these environments."
     space = environments.single_action_space
@@ -197,7 +197,7 @@ def check_fits(layout: TokenLayout, environments):
     if task != layout:
         raise ValueError(f"the agent was made for {layout}, but this task needs {task}")
 
-
+# %% ../nbs/04_evaluate.ipynb #7a60fb2c
 def check_eta(layout: TokenLayout, eta: dict | None) -> dict:
     "The given conditioning. Raises `ValueError` for a name that the agent was not trained with."
     unknown = set(eta or {}) - set(layout.eta)
@@ -205,7 +205,7 @@ def check_eta(layout: TokenLayout, eta: dict | None) -> dict:
         raise ValueError(f"eta {sorted(unknown)} is not among those of the agent: {layout.eta}")
     return dict(eta or {})
 
-
+# %% ../nbs/04_evaluate.ipynb #493f397a
 def eta_values(layout: TokenLayout, eta: dict, step: int) -> torch.Tensor:
     "(len(layout.eta),): log(1 + gap), return rank, and position, 1 after `eta['position']` steps."
     given = dict(eta)
@@ -234,7 +234,7 @@ class Uniform:
     def observe(self, *transition):
         "Nothing is remembered."
 
-# %% ../nbs/04_evaluate.ipynb #c6be8e0e
+# %% ../nbs/04_evaluate.ipynb #56d64827
 FEEDBACK = ("true", "hidden", "yoked", "shuffled")
 MEMORY = ("lifetime", "episode")
 
@@ -250,7 +250,7 @@ def shown_reward(feedback: str, reward, step: int, yoke=None, draw=None) -> np.n
     earlier = np.minimum((draw * step).astype(int), step - 1)  # uniform over 0 .. step - 1
     return reward[np.arange(len(reward)), earlier]
 
-
+# %% ../nbs/04_evaluate.ipynb #d04bc4d0
 def yoke_to(lifetimes: Lifetimes) -> np.ndarray:
     "(L, T) rewards for `feedback='yoked'`: each lifetime is shown those of the one before it."
     if len(lifetimes.seeds) < 2:
@@ -282,19 +282,19 @@ def check_meta_test(seeds, interactions, feedback, memory, yoke) -> np.ndarray:
         )
     return seeds
 
-# %% ../nbs/04_evaluate.ipynb #2cb568f8
+# %% ../nbs/04_evaluate.ipynb #1df138ca
 def seen_observations(infos: dict, observation: np.ndarray, done: np.ndarray) -> np.ndarray:
     "(L, d_o): `observation`, and the true final one where an episode is `done`."
     return np.where(done[:, None], final_observations(observation, infos), observation)
 
-
+# %% ../nbs/04_evaluate.ipynb #83251e3a
 def forward_rewards(infos: dict, done: np.ndarray) -> np.ndarray:
     "(L,) reward for moving forward where the simulator reports it, else NaN."
     forward = np.asarray(infos.get("reward_forward", np.full(len(done), np.nan)), np.float32)
     final = infos.get("final_info", {}).get("reward_forward")
     return forward if final is None else np.where(done, final, forward)
 
-# %% ../nbs/04_evaluate.ipynb #a92fb162
+# %% ../nbs/04_evaluate.ipynb #5a222d66
 def meta_test(
     agent,  # a trained agent (`layout`, `new_cache`, `step`), or "random"
     task: str | Task,
@@ -320,13 +320,13 @@ def meta_test(
     gap = "" if is_random else (getattr(agent, "about", None) or {}).get("gap", "")
     return Lifetimes(task.name, name, gap, seeds, **record)
 
-
+# %% ../nbs/04_evaluate.ipynb #cf7f0132
 def curve_name(feedback: str, memory: str) -> str:
     "`gla`, or the names of the controls that are switched on."
     controls = [feedback] * (feedback != "true") + ["episode_memory"] * (memory == "episode")
     return "_".join(controls) or "gla"
 
-# %% ../nbs/04_evaluate.ipynb #d1c94ea8
+# %% ../nbs/04_evaluate.ipynb #bd3c614b
 def new_record(lifetimes: int, interactions: int, box: bool) -> dict:
     "Empty arrays `(L, T)` for what is kept of each step."
     kinds = {"reward": np.float32, "terminated": bool, "truncated": bool}
@@ -334,7 +334,7 @@ def new_record(lifetimes: int, interactions: int, box: bool) -> dict:
         kinds |= {"forward_reward": np.float32, "action_rms": np.float32}
     return {name: np.zeros((lifetimes, interactions), kind) for name, kind in kinds.items()}
 
-
+# %% ../nbs/04_evaluate.ipynb #bb5e7527
 def run_lifetimes(actor, environments, task, seeds, interactions, feedback, yoke, live) -> dict:
     "The loop of Algorithm 2; arrays `(L, T)` by name."
     space, box = (
@@ -388,14 +388,14 @@ def progress(title: str, lifetimes: int, interactions: int) -> Callable[[int], N
 
     return show
 
-# %% ../nbs/04_evaluate.ipynb #ee6769c2
+# %% ../nbs/04_evaluate.ipynb #45ae21b7
 def by_stream(lifetimes: Lifetimes, values: np.ndarray) -> np.ndarray:
     "`(L, T)` that takes turns among streams -> `(L * streams, T / streams)`."
     count, interactions = values.shape
     turns = values.reshape(count, interactions // lifetimes.streams, lifetimes.streams)
     return turns.swapaxes(1, 2).reshape(count * lifetimes.streams, -1)
 
-
+# %% ../nbs/04_evaluate.ipynb #c14be7be
 def episode_borders(lifetimes: Lifetimes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "First and last flat index into `by_stream`, and return, of each finished episode."
     done = by_stream(lifetimes, lifetimes.done)
@@ -463,7 +463,7 @@ def bins_table(lifetimes: Lifetimes) -> pd.DataFrame:
     )
     return table.assign(task=lifetimes.task, agent=lifetimes.agent, gap=str(lifetimes.gap))[BINS]
 
-# %% ../nbs/04_evaluate.ipynb #53b74811
+# %% ../nbs/04_evaluate.ipynb #b928b141
 TEXT = ["task", "agent", "gap", "claim", "figure", "against"]
 
 
@@ -473,7 +473,7 @@ def write_table(path, table: pd.DataFrame) -> Path:
         table.to_csv(temporary, index=False)
     return Path(path)
 
-
+# %% ../nbs/04_evaluate.ipynb #311ca12b
 def read_table(path) -> pd.DataFrame:
     "The table in a CSV file of ours, equal to the one written; raises `ValueError` if it is none."
     try:
@@ -517,7 +517,7 @@ def curve(lifetimes: Lifetimes, points: int = 100, resamples: int = 2000) -> pd.
         {"interactions": x, "mean": mean, "low": low, "high": high, "lifetimes": known.sum(0)}
     )
 
-# %% ../nbs/04_evaluate.ipynb #b563c566
+# %% ../nbs/04_evaluate.ipynb #88e736ee
 LIFETIME = [*CURVE, "seed"]
 
 
@@ -527,18 +527,18 @@ def gain(bins: pd.DataFrame, column: str = "reward") -> pd.Series:
     first, last = (q.groupby(LIFETIME, sort=False)[column].mean() for q in quarters)
     return (last - first).rename("gain")
 
-
+# %% ../nbs/04_evaluate.ipynb #b81cb9cd
 def first_episode(episodes: pd.DataFrame) -> pd.Series:
     "Return of the first episode of a lifetime."
     return episodes[episodes["episode"] == 0].set_index(LIFETIME)["return"].rename("first_episode")
 
-
+# %% ../nbs/04_evaluate.ipynb #d654fb0a
 def lifetime_length(episodes: pd.DataFrame, length: int | None = None) -> pd.Series:
     "Interactions of each row's lifetime: `length`, else the last end of an episode in its curve."
     ends = episodes.groupby(CURVE)["interactions"].transform("max")
     return ends if length is None else ends * 0 + length
 
-
+# %% ../nbs/04_evaluate.ipynb #08ce77f2
 def final_return(episodes: pd.DataFrame, length: int | None = None) -> pd.Series:
     "Mean return of the episodes that end in the last quarter of a lifetime; NaN where none does."
     late = episodes[episodes["interactions"] > 0.75 * lifetime_length(episodes, length)]
@@ -560,7 +560,7 @@ def interactions_to(
     table.loc[first.index, "interactions"] = first
     return table
 
-# %% ../nbs/04_evaluate.ipynb #e553c7b6
+# %% ../nbs/04_evaluate.ipynb #ac76137e
 def select(effect: pd.Series, task: str, agent: str, gap="") -> pd.Series:
     "The values of one curve, indexed by seed. Raises `ValueError` naming the curves there are."
     found = effect[[key[:3] == (task, agent, str(gap)) for key in effect.index]]
@@ -569,7 +569,7 @@ def select(effect: pd.Series, task: str, agent: str, gap="") -> pd.Series:
         raise ValueError(f"no curve {(task, agent, str(gap))} in the table, only {known}")
     return found.droplevel(CURVE)
 
-
+# %% ../nbs/04_evaluate.ipynb #80e684b4
 def differences(values: pd.Series, against: pd.Series | float) -> pd.Series:
     "Values minus those of another curve with the same seeds, or minus a number."
     if not isinstance(against, pd.Series):
@@ -579,7 +579,7 @@ def differences(values: pd.Series, against: pd.Series | float) -> pd.Series:
         raise ValueError(f"curves are paired by seed, but only one of them has {alone}")
     return values - against.reindex(values.index)
 
-# %% ../nbs/04_evaluate.ipynb #918008ff
+# %% ../nbs/04_evaluate.ipynb #f852a6e2
 def check_values(values) -> np.ndarray:
     "(L,) floats. Raises `ValueError` for fewer than two lifetimes, or one without a value."
     array = np.asarray(values, float)
@@ -590,7 +590,7 @@ def check_values(values) -> np.ndarray:
         raise ValueError(f"no value in lifetimes {list(keys)}: none may be dropped")
     return array
 
-
+# %% ../nbs/04_evaluate.ipynb #07bdc5e1
 def bootstrap_interval(values, level: float = 0.95, resamples: int = 9999) -> tuple[float, float]:
     "Low and high end of the bootstrap interval of the mean of `values` (L,)."
     array = check_values(values)
@@ -631,7 +631,7 @@ def holm(p_values) -> np.ndarray:
     adjusted = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted[np.argsort(order)]
 
-# %% ../nbs/04_evaluate.ipynb #d9ab5516
+# %% ../nbs/04_evaluate.ipynb #73016d8d
 @dataclass(frozen=True)
 class Claim:
     "One sentence about a figure that can turn out false, tested on each of its tasks."
@@ -657,7 +657,7 @@ class Claim:
                 f"threshold={self.threshold} with {self.effect}: interactions_to alone needs one"
             )
 
-
+# %% ../nbs/04_evaluate.ipynb #a43e269c
 EFFECTS = {
     "gain": lambda claim, episodes, bins: gain(bins),
     "first_episode": lambda claim, episodes, bins: first_episode(episodes),
@@ -667,7 +667,7 @@ EFFECTS = {
     ],
 }
 
-# %% ../nbs/04_evaluate.ipynb #d0d88651
+# %% ../nbs/04_evaluate.ipynb #ae356ae1
 CLAIMS = ["claim", "figure", "task", "agent", "against", "seeds", "effect", "low", "high", "p"]
 CLAIMS += ["holds"]
 
@@ -682,7 +682,7 @@ def curve_label(agent, gap="") -> str:
         else agent
     )
 
-
+# %% ../nbs/04_evaluate.ipynb #897461cd
 def claim_row(claim: Claim, figure: str, task: str, values: pd.Series, against) -> dict:
     "One row of claims.csv, with the *p* of this task alone; `against` is a series or a number."
     difference = differences(values, against)
@@ -700,7 +700,7 @@ def claim_row(claim: Claim, figure: str, task: str, values: pd.Series, against) 
         "p": paired_test(difference),
     }
 
-# %% ../nbs/04_evaluate.ipynb #ebb31f8b
+# %% ../nbs/04_evaluate.ipynb #824a5e97
 def claim_rows(claim: Claim, figure: str, episodes, bins) -> pd.DataFrame:
     "A claim on all its tasks: Holm-corrected over them, and whether it `holds` on each."
     effect = EFFECTS[claim.effect](claim, episodes, bins)
@@ -723,7 +723,7 @@ def claim_rows(claim: Claim, figure: str, episodes, bins) -> pd.DataFrame:
     table[numbers] = table[numbers].map(lambda value: float(f"{value:.6g}"))
     return table[CLAIMS]
 
-
+# %% ../nbs/04_evaluate.ipynb #4b28fc75
 def claims_table(figure: str, claims: list[Claim], episodes, bins) -> pd.DataFrame:
     "Every claim of a figure, from its two tables (`read_table` of the CSV files, or in memory)."
     return pd.concat([claim_rows(c, figure, episodes, bins) for c in claims], ignore_index=True)
@@ -781,13 +781,13 @@ def plot_returns(ax, curves: dict[str, Lifetimes], points: int = 100, optimum=No
     sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/04_evaluate.ipynb #9985648c
+# %% ../nbs/04_evaluate.ipynb #4c983734
 def in_turns(history: History, name: str, rows: int) -> np.ndarray:
     "`(rows * streams, ...)`: an array of a history, row by row over its streams."
     array = np.asarray(getattr(history, name)[:, :rows])
     return array.swapaxes(0, 1).reshape(-1, *array.shape[2:])
 
-
+# %% ../nbs/04_evaluate.ipynb #b0ae674f
 def ppo_lifetimes(folders, interactions: int | None = None) -> Lifetimes:
     "One lifetime for each learning history in `folders`, cut to the shortest or `interactions`."
     histories = [open_history(folder) for folder in folders]

@@ -19,6 +19,7 @@ from gla_nb.evaluate import (
     bootstrap_interval,
     claims_table,
     curve,
+    differences,
     episodes_table,
     final_return,
     first_episode,
@@ -430,6 +431,10 @@ def test_curve_is_the_mean_over_lifetimes_with_its_interval():
     assert table["mean"][39] == pytest.approx(returns[1:, 0].mean(), abs=1e-5)
     error = returns[:, 0].std() / 8
     np.testing.assert_allclose(table["high"] - table["low"], 2 * 1.96 * error, rtol=0.1)
+    ends[:32, -1] = False  # half of them: the interval lies around the mean of the others
+    table = curve(lifetimes_of(np.repeat(returns / 10, 10, axis=1), ends), points=40)
+    assert table["low"][39] < table["mean"][39] < table["high"][39]
+    assert table["mean"][39] == pytest.approx(returns[32:, 0].mean(), abs=1e-5)
 
 
 def test_sign_flips_agree_with_enumeration():
@@ -543,6 +548,24 @@ def test_claims_by_hand():
         "figure", [Claim("unlearns", "gain", gap=8, direction="less")], episodes, bins
     )
     assert not opposite["holds"].any()
+
+
+def test_a_claim_holds_only_at_its_level_and_in_its_direction():
+    episodes, bins = figure_tables()
+    p = 2 * 2 / 2**12  # the smallest that twelve lifetimes and two tasks can give
+    for level, direction, holds in (
+        (1.1 * p, "greater", True),
+        (0.9 * p, "greater", False),
+        (1.1 * p, "less", False),
+        (1.0, "greater", True),
+    ):
+        claim = Claim("learns", "gain", gap=8, level=level, direction=direction)
+        assert claims_table("figure", [claim], episodes, bins)["holds"].tolist() == [holds] * 2
+
+
+def test_lifetimes_are_paired_by_seed_and_not_by_place():
+    ours, theirs = pd.Series([1.0, 5.0], index=[7, 9]), pd.Series([4.0, 1.0], index=[9, 7])
+    assert differences(ours, theirs).tolist() == [0.0, 1.0]
 
 
 def test_claims_refuse_what_is_not_there():
