@@ -39,7 +39,7 @@ from gla_nb.stages import (
 )
 from .tasks import check_finite, final_observations, find_task, make_vector_env
 
-# %% ../nbs/01b_collect.ipynb #cbe0ae1f
+# %% ../nbs/01b_collect.ipynb #7e2843ab
 @dataclass(frozen=True)
 class CollectConfig:
     "PPO runs of one task. Fields that count must be at least 1, or `ValueError`."
@@ -51,12 +51,14 @@ class CollectConfig:
     steps_per_update: int = 40  # steps of each stream between two updates
     batch_size: int = 320  # rows of a minibatch, at most streams * steps_per_update
     epochs: int = 4  # passes over the rows of an update
-    learning_rate: float = 1e-3  # of Adam
+    learning_rate: float = 5e-4  # of Adam
     learning_rate_decay: bool = False  # linearly to zero at the last update
     gamma: float = 0.95  # discount per step
     gae_lambda: float = 0.95  # of the advantage estimate
     entropy: float = 0.0  # weight of the entropy bonus
     clip: float = 0.2  # range of the probability ratio
+    value_weight: float = 0.5  # of the value loss
+    max_gradient: float = 0.5  # norm at which gradients are clipped
     width: int = 64  # units in each of the two hidden layers, of policy and of value
     normalise: bool = False  # running normalisation of observations and rewards, for Box tasks
     seed: int = 0  # of everything; run i of a seed is always the same
@@ -207,7 +209,7 @@ def own_generators(seed):
         random.setstate(python)
         np.random.set_state(array)
 
-# %% ../nbs/01b_collect.ipynb #26ee0f28
+# %% ../nbs/01b_collect.ipynb #5e02dbae
 def make_ppo(config, run):
     "PPO for run `run`, and its recorder. Call it within `own_generators`."
     envs = make_vector_env(config.task, config.streams)
@@ -225,6 +227,8 @@ def make_ppo(config, run):
         gae_lambda=config.gae_lambda,
         clip_range=config.clip,
         ent_coef=config.entropy,
+        vf_coef=config.value_weight,
+        max_grad_norm=config.max_gradient,
         policy_kwargs={"net_arch": [config.width, config.width]},
         device="cpu",
     )
@@ -258,7 +262,7 @@ def collect_run(config, run, folder):
                 writer.finish()
             model.env.close()
 
-# %% ../nbs/01b_collect.ipynb #3a75a87e
+# %% ../nbs/01b_collect.ipynb #7a3dde0a
 class Progress:
     "The line shown while runs are collected: runs done, steps per second, time left."
 
@@ -283,8 +287,10 @@ class Progress:
 
 def updates_done(folder) -> int:
     "Committed updates of the history in `folder`, 0 where none is."
-    path = Path(folder) / "meta.json"
-    return read_json(path)["updates_done"] if path.exists() else 0
+    try:
+        return read_json(Path(folder) / "meta.json")["updates_done"]
+    except FileNotFoundError:
+        return 0
 
 # %% ../nbs/01b_collect.ipynb #d536d435
 def collect(config, jobs=None) -> Path:
