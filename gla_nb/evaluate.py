@@ -10,8 +10,8 @@ __all__ = ['ENVIRONMENT', 'ACTION', 'SHUFFLE', 'FEEDBACK', 'MEMORY', 'CURVE', 'E
            'run_lifetimes', 'progress', 'by_stream', 'episode_borders', 'episodes_table', 'bins_table', 'write_table',
            'read_table', 'returns_at', 'curve', 'gain', 'first_episode', 'lifetime_length', 'final_return',
            'interactions_to', 'select', 'differences', 'check_values', 'bootstrap_interval', 'paired_test', 'holm',
-           'Claim', 'curve_label', 'claim_row', 'claim_rows', 'claims_table', 'update_claims', 'summary',
-           'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test']
+           'Claim', 'curve_label', 'claim_row', 'claim_rows', 'claims_table', 'update_claims', 'figure_tables',
+           'write_figure', 'summary', 'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test']
 
 # %% ../nbs/04_evaluate.ipynb #c6d7d755
 import time
@@ -334,13 +334,11 @@ def new_record(lifetimes: int, interactions: int, box: bool) -> dict:
         kinds |= {"forward_reward": np.float32, "action_rms": np.float32}
     return {name: np.zeros((lifetimes, interactions), kind) for name, kind in kinds.items()}
 
-# %% ../nbs/04_evaluate.ipynb #bb5e7527
+# %% ../nbs/04_evaluate.ipynb #d5bb65b0
 def run_lifetimes(actor, environments, task, seeds, interactions, feedback, yoke, live) -> dict:
     "The loop of Algorithm 2; arrays `(L, T)` by name."
-    space, box = (
-        environments.single_action_space,
-        not hasattr(environments.single_action_space, "n"),
-    )
+    space = environments.single_action_space
+    box = not hasattr(space, "n")
     record = new_record(len(seeds), interactions, box)
     noise = own_noise(seeds, ACTION, actor.shape, actor.normal)
     draws = own_noise(seeds, SHUFFLE)
@@ -743,6 +741,27 @@ def update_claims(path, figure: str, claims: pd.DataFrame) -> pd.DataFrame:
             claims = pd.concat([others, claims], ignore_index=True) if len(others) else claims
         write_table(path, claims)
     return claims
+
+# %% ../nbs/04_evaluate.ipynb #231c7e43
+def figure_tables(curves: list[Lifetimes]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Episodes and bins of all curves. Raises `ValueError` when two have the same name."
+    names = [(c.task, c.agent, str(c.gap)) for c in curves]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"curves must differ in task, agent or gap, but these do not: {twice}")
+    tables = ([make(c) for c in curves] for make in (episodes_table, bins_table))
+    episodes, bins = (pd.concat(parts, ignore_index=True) for parts in tables)
+    return episodes, bins
+
+# %% ../nbs/04_evaluate.ipynb #6c6d1a58
+def write_figure(folder, figure: str, curves: list[Lifetimes], claims: list[Claim]) -> pd.DataFrame:
+    "Write FIGURE_episodes.csv and FIGURE_bins.csv, update claims.csv; returns the figure's claims."
+    names = [Path(folder) / f"{figure}_{kind}.csv" for kind in ("episodes", "bins")]
+    for path, table in zip(names, figure_tables(curves), strict=True):
+        write_table(path, table)
+    rows = claims_table(figure, claims, *map(read_table, names))
+    update_claims(Path(folder) / "claims.csv", figure, rows)
+    return rows
 
 # %% ../nbs/04_evaluate.ipynb #43ee4632
 def summary(episodes: pd.DataFrame, threshold: float, length: int | None = None) -> pd.DataFrame:

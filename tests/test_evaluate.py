@@ -37,6 +37,7 @@ from gla_nb.evaluate import (
     saved_meta_test,
     summary,
     update_claims,
+    write_figure,
     write_table,
     yoke_to,
 )
@@ -703,3 +704,17 @@ def test_a_picture_says_how_many_lifetimes():
     drawn = ax.lines[0].get_ydata()
     np.testing.assert_allclose(drawn, np.repeat(returns.mean(0), 8))
     plt.close(figure)
+
+
+def test_a_figure_is_three_files_and_its_curves_have_different_names(tmp_path):
+    ends = np.tile(np.arange(4) == 3, (6, 16))
+    rng = np.random.default_rng(0)
+    curves = [lifetimes_of(rng.random((6, 64)), ends, gap=gap) for gap in (1, "max")]
+    claim = Claim("begins above 0", "first_episode", gap="max")
+    claims = write_figure(tmp_path, "figure3_grid", curves, [claim])
+    assert claims["effect"][0] == pytest.approx(curves[1].reward[:, :4].sum(1).mean(), rel=1e-5)
+    assert read_table(tmp_path / "claims.csv")["claim"].tolist() == ["begins above 0"]
+    assert len(read_table(tmp_path / "figure3_grid_episodes.csv")) == 2 * 6 * 16
+    assert len(read_table(tmp_path / "figure3_grid_bins.csv")) == 2 * 6 * 32
+    with pytest.raises(ValueError, match="must differ.*'gla', '1'"):
+        write_figure(tmp_path, "figure3_grid", [*curves, curves[0]], [claim])
