@@ -17,6 +17,7 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from gla_nb import collect as collection
 from gla_nb.collect import (
     CollectConfig,
     HistoryCallback,
@@ -220,15 +221,15 @@ def test_processes_give_the_same_files_even_after_their_parent_was_killed(tmp_pa
     assert files(collect(TINY, jobs=1)) == reference
 
 
-def test_a_run_that_another_process_still_writes_is_waited_for(tmp_path):
-    config = CollectConfig(updates=1, **SMALL)
-    waiting = threading.Thread(target=collect_run, args=(config, 0, tmp_path / "run"))
+def test_a_run_that_another_process_still_writes_is_waited_for(tmp_path, monkeypatch):
+    looked = threading.Event()  # at the folder, the first thing after the lock
+    monkeypatch.setattr(collection, "is_complete", lambda folder: looked.set() or True)
+    waiting = threading.Thread(target=collect_run, args=(TINY, 0, tmp_path / "run"))
     with locked(tmp_path / "run"):
         waiting.start()
-        waiting.join(0.5)
-        assert waiting.is_alive() and not (tmp_path / "run" / "meta.json").exists()
+        assert not looked.wait(0.3)
+    assert looked.wait(10)
     waiting.join()
-    assert open_history(tmp_path / "run").updates == 1
 
 
 class SpoiltEnv(GridWorldEnv):
