@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['AGENT_FILES', 'FORMAT', 'VERSION', 'GLAConfig', 'config_from', 'window_mask', 'rotations', 'rotate', 'Block', 'Cache',
-           'initialise', 'check_tokens', 'Decoder', 'log_probability', 'entropy', 'sample', 'kl', 'restored',
-           'whole_folder', 'read_config', 'read_weights', 'GLA', 'card']
+           'empty_cache', 'initialise', 'check_tokens', 'bounded', 'Decoder', 'log_probability', 'entropy', 'sample',
+           'kl', 'restored', 'whole_folder', 'read_config', 'read_weights', 'card', 'GLA']
 
-# %% ../nbs/02b_transformer.ipynb #cb819d87
-import json
+# %% ../nbs/02b_transformer.ipynb #70040cb3
 import math
 import os
 import shutil
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from .projections import TokenLayout
 from .stages import make_folder, plain, read_json, storage_error, versions, write_json
 
-# %% ../nbs/02b_transformer.ipynb #0cb9eef1
+# %% ../nbs/02b_transformer.ipynb #bb61ea7e
 @dataclass(frozen=True)
 class GLAConfig:
     "Shape of the network. Raises `ValueError` where the sizes do not fit each other."
@@ -44,8 +43,9 @@ class GLAConfig:
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "window", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"{self.width=} must be an even multiple of {self.heads=}: rotations turn pairs"
@@ -63,7 +63,7 @@ class GLAConfig:
         "Numbers that describe one action distribution: n logits, or d_a means and d_a log_stds."
         return self.layout.action if self.layout.discrete else 2 * self.layout.action
 
-# %% ../nbs/02b_transformer.ipynb #431a6f9d
+# %% ../nbs/02b_transformer.ipynb #ba05fd4d
 def config_from(values: dict) -> GLAConfig:
     "The configuration in a plain dictionary. Raises `ValueError` naming unknown or missing fields."
     values = dict(values)
@@ -74,7 +74,7 @@ def config_from(values: dict) -> GLAConfig:
         values["layout"] = TokenLayout(**values["layout"])
         return GLAConfig(**values)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"the configuration of the network is not complete: {error}") from error
+        raise ValueError(f"the configuration of the network cannot be used: {error}") from error
 
 # %% ../nbs/02b_transformer.ipynb #3bd45cc7
 @lru_cache(maxsize=16)
@@ -171,6 +171,13 @@ class Cache:
         hidden = torch.zeros_like(unfilled, dtype=self.keys.dtype)
         return most, hidden.masked_fill_(unfilled, -torch.inf)[:, None, None]  # (B, 1, 1, slots)
 
+# %% ../nbs/02b_transformer.ipynb #3d887c3a
+def empty_cache(config: GLAConfig, lifetimes: int, device="cpu") -> Cache:
+    "A cache in which no lifetime has read anything; its memory is taken once and for all."
+    shape = (config.layers, lifetimes, config.heads, config.window, config.head_dim)
+    keys, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+    return Cache(keys, values, torch.zeros(lifetimes, dtype=torch.long, device=device))
+
 # %% ../nbs/02b_transformer.ipynb #ed82e854
 def initialise(network: nn.Module, seed: int):
     "Normal weights of variance 1 / inputs, less in residual layers and the head; biases are zero."
@@ -195,7 +202,15 @@ def check_tokens(tokens, expected):
     if not fits:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)} do not fit {expected}")
 
-# %% ../nbs/02b_transformer.ipynb #b85387b5
+# %% ../nbs/02b_transformer.ipynb #759bdf06
+def bounded(params: torch.Tensor, config: GLAConfig) -> torch.Tensor:
+    "Float32 `(..., outputs)`: logits as they are, means followed by log_stds within the bounds."
+    if config.layout.discrete:
+        return params.float()
+    mean, log_std = params.float().chunk(2, -1)
+    return torch.cat((mean, log_std.clamp(config.log_std_min, config.log_std_max)), -1)
+
+# %% ../nbs/02b_transformer.ipynb #e87f7f4a
 class Decoder(nn.Module):
     "Tokens to the parameters of action distributions, for sequences and one step at a time."
 
@@ -217,7 +232,7 @@ class Decoder(nn.Module):
         x, rotation = self.embed(tokens), self.rotation(positions)
         for block in self.blocks:
             x = block(x, rotation, mask)
-        return self.read(x)
+        return bounded(self.head(self.norm(x)), self.config)
 
     @torch.inference_mode()
     def step(self, tokens, cache: Cache, active: torch.Tensor | None = None) -> torch.Tensor:
@@ -230,29 +245,16 @@ class Decoder(nn.Module):
             x = block.step(x, rotation, keys[:, :, :seen], values[:, :, :seen], slots, hidden)
         # The slot just written is the one that the next token overwrites: not counting is undoing.
         cache.positions += 1 if active is None else active
-        return self.read(x)
+        return bounded(self.head(self.norm(x)), self.config)
 
     def rotation(self, positions):
         "Rotations of the positions `(...)`, for blocks: `(..., 1, 1, head_dim / 2)`."
         turns = rotations(positions, self.config.head_dim, self.config.rope_base)
         return turns[..., None, None, :]
 
-    def read(self, x):
-        "The action distribution's parameters from the residual stream `(..., width)`."
-        params = self.head(self.norm(x)).float()
-        if self.config.layout.discrete:
-            return params
-        mean, log_std = params.chunk(2, -1)
-        return torch.cat(
-            (mean, log_std.clamp(self.config.log_std_min, self.config.log_std_max)), -1
-        )
-
     def new_cache(self, lifetimes: int) -> Cache:
-        "An empty cache for so many lifetimes, on the network's device."
-        config, like = self.config, self.head.weight
-        shape = (config.layers, lifetimes, config.heads, config.window, config.head_dim)
-        keys, values = (like.new_zeros(shape, requires_grad=False) for _ in range(2))
-        return Cache(keys, values, torch.zeros(lifetimes, dtype=torch.long, device=like.device))
+        "An empty cache for so many lifetimes, where the network's weights are."
+        return empty_cache(self.config, lifetimes, self.head.weight.device)
 
 # %% ../nbs/02b_transformer.ipynb #4e13e9cc
 def log_probability(params, action, discrete: bool):
@@ -295,7 +297,7 @@ def kl(params_p, params_q, discrete: bool):
     ratio, shift = torch.exp(log_std_p - log_std_q), (mean_p - mean_q) * torch.exp(-log_std_q)
     return (0.5 * (ratio.square() + shift.square() - 1) + log_std_q - log_std_p).sum(-1)
 
-# %% ../nbs/02b_transformer.ipynb #a45c38ed
+# %% ../nbs/02b_transformer.ipynb #beb80103
 AGENT_FILES = ("config.json", "model.safetensors", "README.md")
 
 
@@ -307,13 +309,15 @@ def restored(folder) -> Path:
         os.rename(earlier, folder)
     return folder
 
-
+# %% ../nbs/02b_transformer.ipynb #9649e270
 @contextmanager
 def whole_folder(folder):
     "A temporary folder that takes the place of `folder` when the block ends without an error."
     folder = restored(folder)
     saving, earlier = (folder.with_name(f".{folder.name}.{end}") for end in ("saving", "earlier"))
     try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: name a folder to save the agent in")
         foreign = sorted({path.name for path in folder.glob("*")} - set(AGENT_FILES))
         if foreign:
             raise ValueError(f"{folder} holds other files ({', '.join(foreign)}): use a new folder")
@@ -330,7 +334,7 @@ def whole_folder(folder):
         shutil.rmtree(saving, ignore_errors=True)
         restored(folder)
 
-# %% ../nbs/02b_transformer.ipynb #bbf9a4f4
+# %% ../nbs/02b_transformer.ipynb #b589e894
 FORMAT, VERSION = "gla_nb agent", 1
 
 
@@ -339,7 +343,8 @@ def read_config(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
         raise ValueError(f"no agent in {folder}: config.json is missing")
     values = read_json(folder / "config.json")
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    ours = isinstance(values, dict) and values.get("format") == FORMAT
+    if not ours or not isinstance(values.get("config"), dict):
         raise ValueError(f"{folder / 'config.json'} does not describe an agent of this library")
     if values.get("version") != VERSION:
         raise ValueError(
@@ -364,7 +369,20 @@ def read_weights(folder: Path, expected: dict) -> dict:
             raise ValueError(f"tensor {name} is {found} in {file}, and {wanted} by its config.json")
     return weights
 
-# %% ../nbs/02b_transformer.ipynb #8be32cdf
+# %% ../nbs/02b_transformer.ipynb #e3a439e4
+def card(agent) -> str:
+    "The model card: how to load the agent, its shape, and what it was trained on."
+    size = sum(parameter.numel() for parameter in agent.parameters())
+    rows = "".join(f"| {k} | {v} |\n" for k, v in (plain(agent.config) | agent.about).items())
+    return (
+        "---\nlibrary_name: gla_nb\nlicense: apache-2.0\n"
+        "tags: [in-context-reinforcement-learning]\n---\n\n"
+        f"# A general-purpose in-context learning agent, {size:,} parameters\n\n"
+        "```python\nfrom gla_nb.transformer import GLA\n\nagent = GLA.from_pretrained('FOLDER')\n"
+        f"```\n\n| field | value |\n|---|---|\n{rows}"
+    )
+
+# %% ../nbs/02b_transformer.ipynb #b255aa95
 class GLA(Decoder, PyTorchModelHubMixin, library_name="gla_nb", license="apache-2.0"):
     "The agent: a `Decoder` with `about`, a plain dictionary that says how it was trained."
 
@@ -399,18 +417,5 @@ class GLA(Decoder, PyTorchModelHubMixin, library_name="gla_nb", license="apache-
         values = read_config(folder)
         agent = cls(config_from(values["config"]))
         agent.load_state_dict(read_weights(folder, agent.state_dict()))
-        agent.about = values["about"]
+        agent.about = values.get("about", {})
         return agent.eval()
-
-
-def card(agent: GLA) -> str:
-    "The model card: how to load the agent, its shape, and what it was trained on."
-    size = sum(parameter.numel() for parameter in agent.parameters())
-    rows = "".join(f"| {k} | {v} |\n" for k, v in (plain(agent.config) | agent.about).items())
-    return (
-        "---\nlibrary_name: gla_nb\nlicense: apache-2.0\n"
-        "tags: [in-context-reinforcement-learning]\n---\n\n"
-        f"# A general-purpose in-context learning agent, {size:,} parameters\n\n"
-        "```python\nfrom gla_nb.transformer import GLA\n\nagent = GLA.from_pretrained(FOLDER)\n"
-        f"```\n\n| field | value |\n|---|---|\n{rows}"
-    )
