@@ -52,6 +52,13 @@ def parameters(notebook):
     return papermill.inspect_notebook(str(notebook))
 
 
+def machine_path(path):
+    "The first absolute path in a text file that exists on one machine only, or None."
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"(?<![\w.:/])/(?:home|root|Users|tmp|var|work|mnt)/[\w.~]+", text)
+    return found and found[0]
+
+
 def command(name):
     "A program that was installed beside this interpreter."
     return str(Path(sys.executable).with_name(name))
@@ -119,12 +126,18 @@ def test_notebooks_start_with_a_title_and_a_summary(notebook):
 
 @each_notebook
 def test_saved_outputs_are_free_of_errors_and_of_machine_paths(notebook):
-    text = notebook.read_text(encoding="utf-8")
-    found = re.search(r"(?<![\w.:/])/(?:home|root|Users|tmp|var|work|mnt)/[\w.~]+", text)
-    assert not found, f"names a place of one machine: {found[0]}"
-    for cell in json.loads(text)["cells"]:
+    assert not machine_path(notebook)
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         kinds = [output["output_type"] for output in cell.get("outputs", [])]
         assert "error" not in kinds, "".join(cell["source"])
+
+
+def test_committed_results_are_free_of_machine_paths():
+    kinds = {".ipynb", ".json", ".md", ".csv"}
+    for folder in ("cpu", "paper", "agents", "benchmarks"):
+        for path in (ROOT / "outputs" / folder).rglob("*"):
+            if path.suffix in kinds and ".ipynb_checkpoints" not in path.parts:
+                assert not machine_path(path), path
 
 
 @each_notebook
