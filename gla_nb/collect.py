@@ -39,19 +39,19 @@ from gla_nb.stages import (
 )
 from .tasks import check_finite, final_observations, find_task, make_vector_env
 
-# %% ../nbs/01b_collect.ipynb #7e2843ab
+# %% ../nbs/01b_collect.ipynb #88ccd895
 @dataclass(frozen=True)
 class CollectConfig:
     "PPO runs of one task. Fields that count must be at least 1, or `ValueError`."
 
     task: str = "grid"  # a name in `gla_nb.tasks.TASKS`, or any id of gymnasium or dm_control
     runs: int = 8  # independent PPO runs, each with its own seed
-    updates: int = 60  # PPO updates of a run
+    updates: int = 80  # PPO updates of a run
     streams: int = 16  # environments that a run steps in parallel
     steps_per_update: int = 40  # steps of each stream between two updates
     batch_size: int = 320  # rows of a minibatch, at most streams * steps_per_update
     epochs: int = 4  # passes over the rows of an update
-    learning_rate: float = 5e-4  # of Adam
+    learning_rate: float = 4e-4  # of Adam
     learning_rate_decay: bool = False  # linearly to zero at the last update
     gamma: float = 0.95  # discount per step
     gae_lambda: float = 0.95  # of the advantage estimate

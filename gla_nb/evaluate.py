@@ -4,42 +4,48 @@
 
 # %% auto #0
 __all__ = ['ENVIRONMENT', 'ACTION', 'SHUFFLE', 'FEEDBACK', 'MEMORY', 'CURVE', 'EPISODES', 'N_BINS', 'BINS', 'TEXT', 'LIFETIME',
-           'EFFECTS', 'CLAIMS', 'Lifetimes', 'check_lifetimes', 'save_lifetimes', 'load_lifetimes', 'own_noise',
-           'InContext', 'check_fits', 'check_eta', 'eta_values', 'Uniform', 'shown_reward', 'yoke_to',
+           'EFFECTS', 'CLAIMS', 'LIFETIMES', 'Lifetimes', 'check_lifetimes', 'save_lifetimes', 'load_lifetimes',
+           'own_noise', 'InContext', 'check_fits', 'check_eta', 'eta_values', 'Uniform', 'shown_reward', 'yoke_to',
            'check_meta_test', 'seen_observations', 'forward_rewards', 'meta_test', 'curve_name', 'new_record',
            'run_lifetimes', 'progress', 'by_stream', 'episode_borders', 'episodes_table', 'bins_table', 'write_table',
            'read_table', 'returns_at', 'curve', 'gain', 'first_episode', 'lifetime_length', 'final_return',
            'interactions_to', 'select', 'differences', 'check_values', 'bootstrap_interval', 'paired_test', 'holm',
            'Claim', 'curve_label', 'claim_row', 'claim_rows', 'claims_table', 'update_claims', 'figure_tables',
-           'write_figure', 'summary', 'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test']
+           'write_figure', 'summary', 'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test', 'MetaTest',
+           'weights_hash', 'load_actor', 'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'run_meta_tests']
 
-# %% ../nbs/04_evaluate.ipynb #c6d7d755
+# %% ../nbs/04_evaluate.ipynb #b18c7f64
+import hashlib
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from joblib import delayed
 from scipy import stats
 
 from .histories import History, open_history
 from .projections import TokenLayout, make_tokens
 from gla_nb.stages import (
     Live,
+    cpu_threads,
     duration,
     locked,
     outputs_folder,
+    plain,
+    run_parallel,
     seed_number,
     seed_sequence,
     stage_folder,
     whole,
 )
 from .tasks import Task, check_finite, final_observations, find_task, make_vector_env
-from .transformer import sample
+from .transformer import GLA, sample
 
 # %% ../nbs/04_evaluate.ipynb #d387f5cc
 @dataclass(frozen=True, eq=False)
@@ -824,11 +830,91 @@ def ppo_lifetimes(folders, interactions: int | None = None) -> Lifetimes:
     task = histories[0].meta["task"]["name"]
     return Lifetimes(task, "ppo", "", np.arange(len(histories)), streams=streams, **arrays)
 
-# %% ../nbs/04_evaluate.ipynb #384fbcb4
-def saved_meta_test(name: str, config, make: Callable[[], Lifetimes]) -> Lifetimes:
-    "The lifetimes in `outputs/meta_tests/NAME-hash(config)`, made by `make()` when not yet there."
-    folder = stage_folder("meta_tests", name, config)
+# %% ../nbs/04_evaluate.ipynb #3570e245
+LIFETIMES = "lifetimes.npz"
+
+
+def saved_meta_test(folder: Path, make: Callable[[], Lifetimes]) -> Lifetimes:
+    "The lifetimes in a stage folder, made by `make()` and kept there when there are none yet."
     with locked(folder):
-        if not (folder / "lifetimes.npz").exists():
-            save_lifetimes(make(), folder / "lifetimes.npz")
-        return load_lifetimes(folder / "lifetimes.npz")
+        if not (folder / LIFETIMES).exists():
+            save_lifetimes(make(), folder / LIFETIMES)
+        return load_lifetimes(folder / LIFETIMES)
+
+# %% ../nbs/04_evaluate.ipynb #6807a9e6
+@dataclass(frozen=True)
+class MetaTest:
+    "The lifetimes of one curve, and all that they depend on."
+
+    task: str
+    agent: str  # the folder of a trained agent, or "random"
+    lifetimes: int = 64
+    interactions: int = 2560  # environment steps of each lifetime
+    seed: int = 0  # lifetimes are numbered from seed * lifetimes
+    feedback: str = "true"  # or hidden, yoked, shuffled
+    memory: str = "lifetime"  # or episode
+    untrained: bool = False  # fresh weights in the shape of the agent
+    name: str = ""  # of the curve; by default gla, random, or that of the control
+
+# %% ../nbs/04_evaluate.ipynb #379a7fbc
+def weights_hash(folder) -> str:
+    "Ten hexadecimal digits of the weights and the configuration of a trained agent."
+    files = [Path(folder) / name for name in ("config.json", "model.safetensors")]
+    if not all(file.exists() for file in files):
+        raise ValueError(f"no trained agent in {folder}: train it first, or give another folder")
+    content = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(content).hexdigest()[:10]
+
+
+def load_actor(config: MetaTest):
+    "The agent of a curve on the device at hand, or the word `random`."
+    if config.agent == "random":
+        return config.agent
+    agent = GLA.from_pretrained(config.agent)
+    if config.untrained:
+        fresh = GLA(agent.config, seed=seed_number("figure", config.seed))
+        fresh.about = agent.about
+        agent = fresh.eval()
+    return agent.to("cuda" if torch.cuda.is_available() else "cpu")
+
+# %% ../nbs/04_evaluate.ipynb #22d551bb
+def meta_test_folder(config: MetaTest) -> Path:
+    "The stage folder of one curve, named by its configuration and the agent's weights."
+    agent = config.agent if config.agent == "random" else weights_hash(config.agent)
+    name = config.task.replace("/", "-").replace(":", "-")
+    return stage_folder("meta_tests", name, plain(config) | {"agent": agent})
+
+
+def run_meta_test(config: MetaTest) -> Lifetimes:
+    "The lifetimes of one curve: loaded when they are there, made and saved otherwise."
+    return saved_meta_test(meta_test_folder(config), lambda: make_lifetimes(config))
+
+
+def make_lifetimes(config: MetaTest) -> Lifetimes:
+    "Run the meta-test of one curve, on one thread: another number changes the last bits."
+    yoke = None
+    if config.feedback == "yoked":  # to the same agent with its true rewards
+        yoke = yoke_to(run_meta_test(replace(config, feedback="true", name="")))
+    seeds = config.seed * config.lifetimes + np.arange(config.lifetimes)
+    with cpu_threads(1):
+        return meta_test(
+            load_actor(config),
+            config.task,
+            seeds,
+            config.interactions,
+            feedback=config.feedback,
+            memory=config.memory,
+            yoke=yoke,
+            name=config.name or ("untrained" if config.untrained else None),
+        )
+
+# %% ../nbs/04_evaluate.ipynb #ee5bc99b
+def run_meta_tests(configs: list[MetaTest], jobs: int | None = None) -> list[Lifetimes]:
+    "The lifetimes of several curves, one process and core each."
+    folders = [meta_test_folder(config) for config in configs]
+
+    def report():
+        done = sum((folder / LIFETIMES).exists() for folder in folders)
+        return f"meta-test of {configs[0].task}: {done} of {len(folders)} curves done"
+
+    return run_parallel([delayed(run_meta_test)(config) for config in configs], jobs, report)

@@ -43,7 +43,7 @@ from gla_nb.evaluate import (
 )
 from gla_nb.histories import HistoryWriter, episode_returns
 from gla_nb.projections import TokenLayout
-from gla_nb.stages import seed_number, seed_sequence
+from gla_nb.stages import seed_number, seed_sequence, stage_folder
 from gla_nb.transformer import GLA, GLAConfig
 
 LENGTHS = (2, 9)  # of an episode of the environment below, drawn anew at each reset
@@ -640,12 +640,13 @@ def test_a_saved_meta_test_is_made_once_and_whole(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return meta_test(Adder(DISCRETE), TASKS[DISCRETE], range(3), 40)
 
+    folder = stage_folder("meta_tests", "restless", config)
     with pytest.raises(KeyboardInterrupt):
-        saved_meta_test("restless", config, make)
-    made, again = (saved_meta_test("restless", config, make) for _ in range(2))
+        saved_meta_test(folder, make)
+    made, again = (saved_meta_test(folder, make) for _ in range(2))
     assert len(calls) == 2
     np.testing.assert_array_equal(made.reward, again.reward)
-    saved_meta_test("restless", config | {"seeds": 4}, make)
+    saved_meta_test(stage_folder("meta_tests", "restless", config | {"seeds": 4}), make)
     assert len(calls) == 3 and len(list((tmp_path / "meta_tests").iterdir())) == 2
 
 
