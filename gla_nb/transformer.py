@@ -145,7 +145,7 @@ class Block(nn.Module):
         y = scores.softmax(-1) @ values
         return self.mlp(x + self.out(y.flatten(1).to(x)))
 
-# %% ../nbs/02b_transformer.ipynb #705f81b6
+# %% ../nbs/02b_transformer.ipynb #701d021e
 @dataclass
 class Cache:
     "Keys and values of the last `window` tokens of each lifetime."
@@ -162,9 +162,12 @@ class Cache:
         self.positions[rows] = 0
 
     def seen(self) -> tuple[int, torch.Tensor | None]:
-        "Slots in use once the next token is in, and -inf for those that a lifetime has not filled."
-        filled = (self.positions + 1).clamp(max=self.keys.shape[3])
+        "Slots to read once the next token is in, and -inf where a lifetime has not filled them."
+        window = self.keys.shape[3]
+        filled = (self.positions + 1).clamp(max=window)
         least, most = (int(extreme) for extreme in filled.aminmax())
+        # Longer prefixes are strided memory, and slower to read than all of it.
+        most = most if 4 * most <= window else window
         if least == most:
             return most, None
         unfilled = torch.arange(most, device=filled.device) >= filled[:, None]
