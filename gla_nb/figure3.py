@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'gap_curves', 'other_agents', 'control_curves', 'ppo_curves', 'ppo_baselines', 'gap_claims', 'ppo_claims',
-           'control_claims', 'figure_claims', 'gap_table', 'markdown', 'draw_gaps', 'draw_controls', 'save_figure']
+           'control_claims', 'figure_claims', 'gap_table', 'markdown', 'plot_gaps', 'plot_controls', 'save_figure']
 
-# %% ../nbs/10_figure3.ipynb #b6922aa5
+# %% ../nbs/10_figure3.ipynb #6c66993e
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from gla_nb.evaluate import (
     Claim,
     Lifetimes,
     MetaTest,
-    curve,
+    final_return,
     interactions_to,
     plot_returns,
     ppo_lifetimes,
@@ -155,7 +155,7 @@ def figure_claims(row: Experiment, episodes) -> list[Claim]:
     names = dict(episodes[["agent", "gap"]].drop_duplicates().itertuples(index=False))
     return claims + control_claims(row.train.gap, names, threshold) * ("hidden" in names)
 
-# %% ../nbs/10_figure3.ipynb #1f465662
+# %% ../nbs/10_figure3.ipynb #10ab4c76
 def gap_table(row: Experiment, episodes) -> pd.DataFrame:
     "What `make demo` prints: for each gap the start, the interactions to 90 %, and the end."
     threshold = 0.9 * find_task(row.collect.task).optimum
@@ -163,6 +163,8 @@ def gap_table(row: Experiment, episodes) -> pd.DataFrame:
     table = summary(shown, threshold, length=row.interactions)
     bounds = table[["low", "high"]].itertuples(index=False)
     interval = [f"[{low:,.0f}, {high:,.0f}]" for low, high in bounds]
+    ends = final_return(episodes).groupby("agent").mean()
+    score = (table["final_return"] - ends["random"]) / (ends["ppo_source"] - ends["random"])
     return pd.DataFrame(
         {
             "gap": table["gap"].where(table["agent"] == "gla", "(random policy)"),
@@ -172,6 +174,7 @@ def gap_table(row: Experiment, episodes) -> pd.DataFrame:
             "95 % interval": interval,
             "never": table["never"],
             "final return": table["final_return"].map("{:.2f}".format),
+            "score": score.map("{:.2f}".format),  # random 0, the PPO runs of the data 1
         }
     )
 
@@ -181,8 +184,8 @@ def markdown(table: pd.DataFrame) -> str:
     rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
-# %% ../nbs/10_figure3.ipynb #736105d7
-def draw_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):
+# %% ../nbs/10_figure3.ipynb #c2b40c61
+def plot_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):
     "Figure 3 (left), and the same beside PPO on a logarithmic axis; returns the figure."
     import matplotlib.pyplot as plt
 
@@ -190,22 +193,20 @@ def draw_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):
     plot_returns(axes[0], curves, points=128, optimum=optimum)
     plot_returns(axes[1], curves | {"PPO (the data)": source}, points=128, optimum=optimum)
     axes[0].set_title("In-context learning, by gap")
-    axes[1].set(xscale="log", ylabel="", title="The same, and the PPO runs it was learned from")
-    axes[0].legend(frameon=False, title="lifetimes in brackets", loc="lower right")
-    axes[1].get_legend().remove()
-    last = curve(source, 128).iloc[-1]
-    axes[1].annotate(
-        f"PPO ({len(source.seeds)} runs)",
-        (last["interactions"], last["mean"]),
-        xytext=(-8, -40),
-        textcoords="offset points",
-        ha="right",
+    axes[0].legend(
+        frameon=False, title="lifetimes in brackets", loc="lower right", bbox_to_anchor=(1, 0.13)
+    )
+    axes[1].set_title("The same, and the PPO runs it was learned from")
+    axes[1].set(xscale="log", ylabel="", xlim=(20, source.interactions))
+    handles, labels = axes[1].get_legend_handles_labels()
+    axes[1].legend(
+        handles[-1:], labels[-1:], frameon=False, loc="lower left", bbox_to_anchor=(0, 0.16)
     )
     fig.tight_layout()
     return fig
 
 
-def draw_controls(curves: dict[str, Lifetimes], optimum: float):
+def plot_controls(curves: dict[str, Lifetimes], optimum: float):
     "The agent of one gap beside its controls and baselines; returns the figure."
     import matplotlib.pyplot as plt
 
