@@ -8,7 +8,8 @@ SCALE ?= cpu
 FIGURES = 10_figure3:grid
 
 OUTPUTS := $(if $(GLA_NB_OUTPUTS),$(GLA_NB_OUTPUTS),outputs)
-PAPERMILL := .venv/bin/papermill
+# Refuses parameters that a notebook does not have, and shows how far it is.
+NOTEBOOK := .venv/bin/python -m gla_nb.notebooks
 
 # The stamp names the folder it was made in: a checkout that was moved or copied installs again,
 # as does one whose interpreter has gone.
@@ -26,8 +27,7 @@ help:  ## this list
 	@.ci/install "$(PYTHON)"
 
 demo: .venv/.installed  ## from nothing to Figure 3 (left) on two CPU cores, in minutes
-	@mkdir -p "$(OUTPUTS)/demo"
-	$(PAPERMILL) nbs/10_figure3.ipynb "$(OUTPUTS)/demo/figure3_grid.ipynb" \
+	$(NOTEBOOK) nbs/10_figure3.ipynb "$(OUTPUTS)/demo/figure3_grid.ipynb" \
 	    -p experiment grid -p scale cpu -p controls False -p folder demo
 	@echo
 	@cat "$(OUTPUTS)/demo/figure3_grid_table.md"
@@ -43,11 +43,10 @@ lab: .venv/.installed  ## JupyterLab
 figures: .venv/.installed  ## every figure at SCALE=smoke, cpu or paper, into outputs/SCALE
 	@case "$(SCALE)" in smoke|cpu|paper) ;; \
 	    *) echo "unknown SCALE=$(SCALE): use smoke, cpu or paper" >&2; exit 2 ;; esac
-	@mkdir -p "$(OUTPUTS)/$(SCALE)"
 	@set -e; for figure in $(FIGURES); do \
 	    notebook=$${figure%:*}; experiment=$${figure#*:}; \
 	    echo "== $$notebook, experiment $$experiment, scale $(SCALE)"; \
-	    $(PAPERMILL) "nbs/$$notebook.ipynb" \
+	    $(NOTEBOOK) "nbs/$$notebook.ipynb" \
 	        "$(OUTPUTS)/$(SCALE)/$${notebook#*_}_$$experiment.ipynb" \
 	        -p experiment "$$experiment" -p scale "$(SCALE)"; \
 	done

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = "awk bash cat dirname env find make mkdir mktemp mv rm sed sh sleep touch".split()
+TOOLS = "awk bash cat dirname echo env find make mkdir mktemp mv rm sed sh sleep touch".split()
 
 # Stands for an interpreter: suits, makes environments that hold a copy of itself, and "installs"
-# by adding a line to a log. While slow.txt exists pip is busy; broken.txt makes it fail.
+# by adding a line to a log. While slow.txt exists pip is busy; broken.txt makes it fail. Notebooks
+# that it is asked to run are noted, and leave the table that `make demo` prints.
 PRETENDER = """#!/bin/sh
 case "$1 $2" in
   "-c "*"version_info"*) echo True ;;
@@ -29,6 +30,9 @@ case "$1 $2" in
       if [ -e broken.txt ]; then echo "pip: no network" >&2; exit 1; fi
       echo pip >> log.txt
     fi ;;
+  "-m gla_nb.notebooks")
+    shift 2; echo "$@" >> notebooks.txt
+    folder=$(dirname "$2"); mkdir -p "$folder"; echo "| gap |" > "$folder/figure3_grid_table.md" ;;
   "--version "*) echo "Python 3.12.0" ;;
 esac
 """.replace("INTERPRETER", sys.executable)
@@ -181,3 +185,27 @@ def test_an_unknown_scale_is_refused(checkout):
     pretend(checkout)
     code, output = finish(make(checkout, "figures", "SCALE=huge"))
     assert code != 0 and "huge" in output and "smoke, cpu or paper" in output
+
+
+def test_demo_and_figures_start_notebooks_through_the_module_that_checks_parameters(checkout):
+    pretend(checkout)
+    code, output = finish(make(checkout, "demo"))
+    assert code == 0 and "| gap |" in output, output
+    code, output = finish(make(checkout, "figures", "SCALE=smoke", "GLA_NB_OUTPUTS=elsewhere"))
+    assert code == 0, output
+    assert (checkout / "notebooks.txt").read_text().splitlines() == [
+        "nbs/10_figure3.ipynb outputs/demo/figure3_grid.ipynb "
+        "-p experiment grid -p scale cpu -p controls False -p folder demo",
+        "nbs/10_figure3.ipynb elsewhere/smoke/figure3_grid.ipynb -p experiment grid -p scale smoke",
+    ]
+    assert log(checkout) == ["venv", "pip"], "installed once"
+
+
+def test_a_notebook_that_fails_fails_the_target(checkout):
+    pretend(checkout)
+    assert finish(make(checkout, ".venv"))[0] == 0
+    path = checkout / ".venv" / "bin" / "python"
+    path.write_text(path.read_text().replace("shift 2;", "exit 1;"))
+    for target in ("demo", "figures"):
+        code, output = finish(make(checkout, target))
+        assert code != 0 and "Figure:" not in output, output

@@ -250,6 +250,25 @@ def fenced(language):
     return re.findall(rf"^```(?:{language})\n(.*?)^```", "\n".join(texts), re.M | re.S)
 
 
+def check_names(words):
+    "A command that runs a notebook passes only parameters that the notebook has."
+    source = next(w for w in words if w.endswith(".ipynb"))
+    given = [words[i + 1] for i, w in enumerate(words) if w == "-p"]
+    assert given and not set(given) - set(parameters(ROOT / source)), words
+
+
+def test_make_passes_parameters_that_the_notebooks_have():
+    call = ["make", "--dry-run", "--always-make", "demo", "figures"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    text = re.sub(r"\\\n", " ", done.stdout)
+    text = re.sub(r"\$notebook\b", "10_figure3", text)
+    commands = re.findall(r"-m gla_nb\.notebooks .*", text)
+    assert len(commands) == 2
+    for command in commands:
+        check_names(shlex.split(command.rstrip("; ")))
+
+
 def test_commands_in_the_documents_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     lines = "\n".join(fenced("sh|bash|console|shell")).replace("\\\n", " ").splitlines()
@@ -261,10 +280,8 @@ def test_commands_in_the_documents_exist():
                 assert re.search(rf"^{re.escape(target)}:", makefile, re.M), words
         elif words[0].startswith(".venv/bin/"):
             assert shutil.which(command(name)), words
-        if name == "papermill":
-            source = next(w for w in words if w.endswith(".ipynb"))
-            given = [words[i + 1] for i, w in enumerate(words) if w == "-p"]
-            assert not set(given) - set(parameters(ROOT / source)), words
+        if name == "papermill" or "gla_nb.notebooks" in words:
+            check_names(words)
     assert ["make", "demo"] in commands and ["make", "test"] in commands
 
 
