@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'gap_curves', 'other_agents', 'control_curves', 'ppo_curves', 'ppo_baselines', 'gap_claims', 'ppo_claims',
-           'control_claims', 'figure_claims', 'gap_table', 'markdown', 'plot_gaps', 'plot_controls', 'save_figure']
+           'control_claims', 'figure_claims', 'curve_table', 'short', 'readable', 'markdown', 'plot_gaps',
+           'plot_controls', 'write_text', 'save_figure']
 
 # %% ../nbs/10_figure3.ipynb #6c66993e
 from dataclasses import replace
@@ -109,7 +110,7 @@ def gap_claims(row: Experiment, threshold: float) -> list[Claim]:
     )  # fmt: skip
     return claims + [best] * ("max" in row.gaps)
 
-# %% ../nbs/10_figure3.ipynb #d632d09f
+# %% ../nbs/10_figure3.ipynb #0928a7c1
 def ppo_claims(row: Experiment, threshold: float, episodes) -> list[Claim]:
     "Faster than the fastest of the PPO runs that made the data, for each gap."
     source = select(
@@ -142,7 +143,7 @@ def control_claims(gap, names: dict, threshold: float) -> list[Claim]:
             "interactions_to", gap=gap, against=name, against_gap=names[name],
             direction="less", threshold=threshold,
         )
-        for name in ("ad", "ppo", "ppo_small_rollouts")
+        for name in ("hidden", "yoked", "shuffled", "ad", "ppo", "ppo_small_rollouts")
         if name in names
     ]  # fmt: skip
     return claims
@@ -155,11 +156,11 @@ def figure_claims(row: Experiment, episodes) -> list[Claim]:
     names = dict(episodes[["agent", "gap"]].drop_duplicates().itertuples(index=False))
     return claims + control_claims(row.train.gap, names, threshold) * ("hidden" in names)
 
-# %% ../nbs/10_figure3.ipynb #10ab4c76
-def gap_table(row: Experiment, episodes) -> pd.DataFrame:
-    "What `make demo` prints: for each gap the start, the interactions to 90 %, and the end."
+# %% ../nbs/10_figure3.ipynb #8c84ade1
+def curve_table(row: Experiment, episodes, agents=("gla", "random")) -> pd.DataFrame:
+    "For each curve of `agents` the first episode, the interactions to 90 %, and the end."
     threshold = 0.9 * find_task(row.collect.task).optimum
-    shown = episodes[episodes["agent"].isin(["gla", "random"])]
+    shown = episodes[episodes["agent"].isin(agents)]
     table = summary(shown, threshold, length=row.interactions)
     bounds = table[["low", "high"]].itertuples(index=False)
     interval = [f"[{low:,.0f}, {high:,.0f}]" for low, high in bounds]
@@ -167,7 +168,8 @@ def gap_table(row: Experiment, episodes) -> pd.DataFrame:
     score = (table["final_return"] - ends["random"]) / (ends["ppo_source"] - ends["random"])
     return pd.DataFrame(
         {
-            "gap": table["gap"].where(table["agent"] == "gla", "(random policy)"),
+            "agent": table["agent"],
+            "gap": table["gap"],
             "lifetimes": table["lifetimes"],
             "first episode": table["first_episode"].map("{:.2f}".format),
             "interactions to 90 %": table["interactions_to"].map("{:,.0f}".format),
@@ -179,12 +181,32 @@ def gap_table(row: Experiment, episodes) -> pd.DataFrame:
     )
 
 
+def short(number: float) -> str:
+    "Three digits, and no exponent for large numbers."
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def readable(claims: pd.DataFrame) -> pd.DataFrame:
+    "The rows of claims.csv for people: effect with its interval, p and whether the claim holds."
+    interval = claims[["low", "high"]].itertuples(index=False)
+    return pd.DataFrame(
+        {
+            "claim": claims["claim"],
+            "seeds": claims["seeds"],
+            "effect": claims["effect"].map(short),
+            "95 % interval": [f"[{short(low)}, {short(high)}]" for low, high in interval],
+            "p": claims["p"].map("{:.2g}".format),
+            "holds": claims["holds"].map({True: "yes", False: "**no**"}),
+        }
+    )
+
+
 def markdown(table: pd.DataFrame) -> str:
     "A table as Markdown."
     rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
-# %% ../nbs/10_figure3.ipynb #c2b40c61
+# %% ../nbs/10_figure3.ipynb #43707441
 def plot_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):
     "Figure 3 (left), and the same beside PPO on a logarithmic axis; returns the figure."
     import matplotlib.pyplot as plt
@@ -206,16 +228,24 @@ def plot_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):
     return fig
 
 
-def plot_controls(curves: dict[str, Lifetimes], optimum: float):
-    "The agent of one gap beside its controls and baselines; returns the figure."
+def plot_controls(controls: dict, baselines: dict, optimum: float):
+    "One agent beside its controls, and beside the baselines; returns the figure."
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7.5, 4), dpi=100)
-    plot_returns(ax, curves, points=128, optimum=optimum)
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set_title("What the agent uses: controls and baselines")
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, dpi=100)
+    panels = zip(axes, (controls, baselines), ("controls", "baselines"), strict=True)
+    for ax, curves, title in panels:
+        plot_returns(ax, curves, points=128, optimum=optimum)
+        ax.set(title=f"One agent and its {title}", ylabel="return" if ax is axes[0] else "")
+        ax.legend(frameon=False, ncols=2, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.42))
     fig.tight_layout()
     return fig
+
+
+def write_text(path: Path, text: str):
+    "Write a text file, whole or not at all."
+    with whole(path) as temporary:
+        temporary.write_text(text)
 
 
 def save_figure(fig, folder: Path, name: str):
