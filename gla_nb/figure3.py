@@ -206,12 +206,12 @@ def markdown(table: pd.DataFrame) -> str:
     rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
-# %% ../nbs/10_figure3.ipynb #43707441
+# %% ../nbs/10_figure3.ipynb #c4e60066
 def plot_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):
     "Figure 3 (left), and the same beside PPO on a logarithmic axis; returns the figure."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, dpi=100)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, dpi=64)
     plot_returns(axes[0], curves, points=128, optimum=optimum)
     plot_returns(axes[1], curves | {"PPO (the data)": source}, points=128, optimum=optimum)
     axes[0].set_title("In-context learning, by gap")
@@ -232,7 +232,7 @@ def plot_controls(controls: dict, baselines: dict, optimum: float):
     "One agent beside its controls, and beside the baselines; returns the figure."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, dpi=100)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, dpi=64)
     panels = zip(axes, (controls, baselines), ("controls", "baselines"), strict=True)
     for ax, curves, title in panels:
         plot_returns(ax, curves, points=128, optimum=optimum)
@@ -253,4 +253,4 @@ def save_figure(fig, folder: Path, name: str):
     for kind in ("png", "pdf"):
         with whole(folder / f"{name}.{kind}") as temporary:
             metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
-            fig.savefig(temporary, metadata=metadata)
+            fig.savefig(temporary, dpi=150, metadata=metadata)
