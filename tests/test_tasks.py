@@ -93,6 +93,118 @@ def test_optimum_is_the_return_of_the_shortest_way(name):
     assert total == task.optimum
 
 
+def ant_v4():
+    "Ant-v4 as gymnasium makes it, without the word that there is a later version."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return gym.make("Ant-v4")
+
+
+def falling_ant(env, steps=600):
+    "Everything that `env` returns for the same random actions, over resets from the same seed."
+    rng, seen = np.random.default_rng(0), [(*env.reset(seed=5), None, None, None)]
+    for _ in range(steps):
+        # Beyond the bounds on purpose: the ant is thrown over, and episodes end.
+        answer = env.step(rng.uniform(-3, 3, 8))
+        seen.append(answer)
+        if answer[2] or answer[3]:
+            seen.append((*env.reset(), None, None, None))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def ant_record():
+    return falling_ant(ant_v4())
+
+
+def test_forward_ant_is_ant_v4_to_the_last_bit(ant_record):
+    ours = falling_ant(gym.make("gla_nb/AntDir-v0", direction="forward"))
+    assert len(ours) == len(ant_record) > 610, "no episode ended: the test compares too little"
+    for one, other in zip(ours, ant_record, strict=True):
+        assert one[0].dtype == other[0].dtype and one[0].tobytes() == other[0].tobytes()
+        assert data_equivalence(one[1:], other[1:], exact=True)
+
+
+def test_backward_ant_only_turns_the_sign_of_the_velocity(ant_record):
+    ours = falling_ant(gym.make("gla_nb/AntDir-v0", direction="backward"))
+    moved = 0
+    for one, other in zip(ours, ant_record, strict=True):
+        assert one[0].tobytes() == other[0].tobytes()
+        if one[2] is None:  # a reset
+            assert data_equivalence(one[1], other[1], exact=True)
+            continue
+        assert one[2:4] == other[2:4]
+        info, theirs = dict(one[4]), dict(other[4])
+        for name in ("reward_forward", "forward_reward"):
+            assert info.pop(name) == -theirs.pop(name)
+        assert data_equivalence(info, theirs, exact=True)
+        rest = theirs["reward_survive"] + theirs["reward_ctrl"]
+        assert other[1] - rest == pytest.approx(theirs["x_velocity"], abs=1e-12)
+        assert one[1] - rest == pytest.approx(-theirs["x_velocity"], abs=1e-12)
+        moved += abs(theirs["x_velocity"]) > 0.1
+    assert moved > 100
+
+
+def test_ant_dir_keeps_the_limits_of_ant_v4():
+    ours, theirs = gym.spec("gla_nb/AntDir-v0"), gym.spec("Ant-v4")
+    assert ours.max_episode_steps == theirs.max_episode_steps == 1000
+    assert ours.reward_threshold == theirs.reward_threshold
+    with pytest.raises(ValueError, match="direction is 'left': use one of forward, backward"):
+        gym.make("gla_nb/AntDir-v0", direction="left")
+
+
+def test_ants_open_without_a_warning_and_report_the_commanded_velocity():
+    rewards = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("ant", "ant_forward", "ant_backward"):
+            envs = make_vector_env(name, 2)
+            assert envs.reset(seed=[1, 2])[0].dtype == np.float32
+            rewards.append(envs.step(np.full((2, 8), 0.7, np.float32))[4]["reward_forward"])
+            assert envs.single_action_space == gym.spaces.Box(-1, 1, (8,), np.float32)
+    np.testing.assert_array_equal(rewards[0], rewards[1])
+    np.testing.assert_array_equal(rewards[0], -rewards[2])
+    assert rewards[0].all()
+    with pytest.warns(DeprecationWarning, match="out of date"):  # of others it is not hidden
+        gym.make("Ant-v4")
+
+
+class Torque(gym.Env):
+    "Keeps the action that it was given; its bounds differ by dimension and are not symmetric."
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(np.float32([-3, 0.1]), np.float32([-1, 0.7]))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return np.zeros(1, np.float32), 0.0, False, False, {"given": action}
+
+
+@pytest.mark.parametrize(
+    ("action", "given"),
+    [(-1, (-3, 0.1)), (1, (-1, 0.7)), (0, (-2, 0.4)), (-50, (-3, 0.1)), (50, (-1, 0.7))],
+)
+def test_actions_are_honoured_up_to_both_bounds_and_never_beyond(monkeypatch, action, given):
+    spec = gym.envs.registration.EnvSpec("Torque-v0", entry_point=Torque)
+    monkeypatch.setitem(gym.registry, "Torque-v0", spec)
+    env, envs = make_env("Torque-v0"), make_vector_env("Torque-v0", 2)
+    assert env.action_space == envs.single_action_space == gym.spaces.Box(-1, 1, (2,), np.float32)
+    env.reset(), envs.reset()
+    action = np.full(2, action, np.float32)
+    np.testing.assert_allclose(env.step(action)[4]["given"], given, rtol=1e-6)
+    np.testing.assert_allclose(envs.step(np.stack([action] * 2))[4]["given"][1], given, rtol=1e-6)
+
+
+def test_an_ant_pays_for_the_action_that_its_motors_make():
+    env = make_env("ant")
+    env.reset(seed=0)
+    info = env.step(np.full(8, 9, np.float32))[4]
+    assert info["reward_ctrl"] == -0.5 * 8  # of the clipped action, not 0.5 * 8 * 81
+
+
 def test_each_lifetime_has_its_own_seed_and_keeps_it():
     envs = make_vector_env(Task("swing", "Pendulum-v1", {"max_episode_steps": 5}), 3)
     seeds = [11, 12, 11]
