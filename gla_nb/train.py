@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'EXPERIMENTS', 'TrainConfig', 'check_gap',
            'check_train_config', 'TokenTable', 'history_tokens', 'smooth_returns', 'token_table', 'flat_rows', 'Plan',
-           'draw_gaps', 'chain_updates', 'place_segments', 'plan_batch', 'Batch', 'make_batch', 'eta_values',
-           'sample_batch', 'floor_teacher', 'divergence', 'segment_losses', 'masked_mean', 'learning_rate',
-           'use_bfloat16', 'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss',
-           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'agent_card',
-           'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
+           'draw_gaps', 'chain_updates', 'check_segments', 'place_segments', 'plan_batch', 'Batch', 'make_batch',
+           'eta_values', 'sample_batch', 'floor_teacher', 'divergence', 'segment_losses', 'masked_mean',
+           'learning_rate', 'use_bfloat16', 'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step',
+           'evaluate_loss', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder',
+           'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
            'training_progress', 'Experiment', 'find_experiment', 'running_scale']
 
-# %% ../nbs/03_train.ipynb #7eb35d9f
+# %% ../nbs/03_train.ipynb #26d7e0eb
 import json
 import math
 import os
@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from joblib import delayed
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .collect import CollectConfig, run_folders
 from .histories import History, open_history, update_returns
@@ -84,7 +84,7 @@ class TrainConfig:
     def __post_init__(self):
         check_train_config(self)
 
-# %% ../nbs/03_train.ipynb #3372ccbe
+# %% ../nbs/03_train.ipynb #4907b4ae
 OBJECTIVES = ("both", "forward", "reverse", "nll")
 
 
@@ -99,6 +99,9 @@ def check_gap(gap) -> int | str:
 
 def check_train_config(config: TrainConfig):
     "Raise `ValueError` for values that could not be trained, naming each."
+    for name in ("batch", "steps", "evaluate_every", "threads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}: give at least 1")
     check_gap(config.gap)
     if config.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {config.objective!r}: use one of {OBJECTIVES}")
@@ -237,29 +240,36 @@ def chain_updates(config: TrainConfig, returns: np.ndarray, rng, run: np.ndarray
     best = returns.argmax(1)[run]
     return np.where(target & is_max[:, None], best[:, None], update), target, gap
 
-# %% ../nbs/03_train.ipynb #c68a734d
-def place_segments(config: TrainConfig, table: TokenTable, rng, run, update, length):
+# %% ../nbs/03_train.ipynb #174be2f8
+def check_segments(config: TrainConfig, table: TokenTable):
+    "Raise `ValueError` unless segments of every length fit into every update of every stream."
+    begins_last = table.first[table.starts[..., 1:] - 1]  # no segment may end on such a token
+    room = (np.diff(table.starts) - begins_last).min()
+    if config.segment_max > room:
+        raise ValueError(
+            f"segment_max {config.segment_max} does not fit into an update, which has room for "
+            f"{room} tokens on one stream: use a smaller one"
+        )
+
+
+def place_segments(table: TokenTable, rng, run, update, length):
     "First tokens `(B, S)` of segments of `length` (B,) tokens inside their updates."
     stream = rng.integers(table.starts.shape[1], size=update.shape)
     low = table.starts[run[:, None], stream, update]
     room = table.starts[run[:, None], stream, update + 1] - low - length[:, None]
-    if (room < 0).any():
-        raise ValueError(
-            f"segment_max {config.segment_max} does not fit into an update, which has "
-            f"{(room + length[:, None]).min()} tokens on one stream: use a smaller one"
-        )
     start = low + np.floor(rng.random(update.shape) * (room + 1)).astype(int)
     # A border must not fall on the first token of an episode: it would announce an end twice.
     wrong = table.first[start + length[:, None] - 1]
     return start + np.where(wrong, np.where(start - low < room, 1, -1), 0)
 
-# %% ../nbs/03_train.ipynb #248db11e
+# %% ../nbs/03_train.ipynb #11e68839
 def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int) -> Plan:
     "Choose the tokens of `batch` sequences from the PPO runs `runs`, without a loop over them."
+    check_segments(config, table)
     run = np.asarray(runs)[rng.integers(len(runs), size=batch)]
     length = rng.integers(config.segment_min, config.segment_max + 1, size=batch)
     update, target, gap = chain_updates(config, table.returns, rng, run)
-    start = place_segments(config, table, rng, run, update, length)
+    start = place_segments(table, rng, run, update, length)
     segment, offset = np.divmod(np.arange(config.tokens), length[:, None])
     return Plan(
         token=np.take_along_axis(start, segment, 1) + offset,
@@ -408,7 +418,7 @@ def split_runs(runs: int, held_out: int) -> tuple[list[int], list[int]]:
         )
     return list(range(runs - held_out)), list(range(runs - held_out, runs))
 
-# %% ../nbs/03_train.ipynb #183d4510
+# %% ../nbs/03_train.ipynb #d0985a23
 class Trainer:
     "One training run: model, optimiser, data, step and log."
 
@@ -416,7 +426,8 @@ class Trainer:
         from accelerate import Accelerator
 
         self.config, self.folder, self.task = config, Path(folder), histories[0].meta["task"]
-        self.accelerator = Accelerator()
+        # Without `cpu`, `torchrun` without a GPU would train as many agents as it has processes.
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         self.table = token_table(histories, config.eta, self.device)
         self.train_runs, self.held_out_runs = split_runs(len(histories), config.held_out)
@@ -475,22 +486,25 @@ def train_step(trainer: Trainer):
     trainer.losses.append(loss.detach())
     trainer.step += 1
 
-# %% ../nbs/03_train.ipynb #56248aec
+# %% ../nbs/03_train.ipynb #1de3279d
 def evaluate_loss(trainer: Trainer) -> dict:
     "A row of the log: the mean training loss since the last row, and the held-out losses."
     batch, plan = trainer.fixed
     with torch.no_grad():
         loss = trainer.loss(batch)
-    row = {"step": trainer.step, "train": torch.stack(trainer.losses).mean().item()}
+    mean = trainer.accelerator.reduce(torch.stack(trainer.losses).mean(), "mean")
     trainer.losses = []
-    if not math.isfinite(row["train"]):
+    row = {"step": trainer.step, "train": mean.item()}
+    row |= segment_losses(loss, batch.weight, plan)
+    both = row["train"] + row["held_out"]  # the last step shows in the held-out loss alone
+    if not math.isfinite(both):
         raise ValueError(
-            f"the loss is {row['train']} at step {trainer.step}: use a smaller learning_rate "
+            f"the loss is {both} at step {trainer.step}: use a smaller learning_rate "
             f"than {trainer.config.learning_rate}"
         )
-    return row | segment_losses(loss, batch.weight, plan)
+    return row
 
-# %% ../nbs/03_train.ipynb #9dcebbb8
+# %% ../nbs/03_train.ipynb #66474d26
 def save_checkpoint(trainer: Trainer):
     "Write weights, optimiser, step and log to `checkpoint.safetensors`, whole or not at all."
     tensors = {f"model.{name}": value for name, value in trainer.agent.state_dict().items()}
@@ -499,7 +513,8 @@ def save_checkpoint(trainer: Trainer):
     state = {"step": trainer.step, "log": trainer.log}
     with whole(trainer.folder / "checkpoint.safetensors") as temporary:
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+        # Not `save_file`: on a full disk it raises an error of its own, which is no `OSError`.
+        temporary.write_bytes(save(tensors, metadata={"state": json.dumps(state)}))
 
 
 def read_checkpoint(path) -> tuple[dict, dict]:
@@ -508,7 +523,7 @@ def read_checkpoint(path) -> tuple[dict, dict]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, json.loads(file.metadata()["state"])
-    except (SafetensorError, TypeError, KeyError) as error:
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} is not a checkpoint of this library ({error}): remove it to train again"
         ) from error
@@ -566,7 +581,7 @@ def agent_card(trainer: Trainer) -> dict:
     final = {k: v for k, v in trainer.log[-1].items() if k != "held_out_segments"}
     return {"gap": config.gap, "task": trainer.task, "train": plain(config), "losses": final}
 
-# %% ../nbs/03_train.ipynb #2cb5402d
+# %% ../nbs/03_train.ipynb #92c0de3e
 def train(config: TrainConfig, histories, live: bool = True) -> Path:
     "Train on the learning histories in a folder, or reuse; returns the folder of the agent."
     folder = checkpoint_folder(config, histories)
@@ -579,25 +594,25 @@ def train(config: TrainConfig, histories, live: bool = True) -> Path:
             train_loop(trainer, live)
             if main:
                 trainer.agent.save_pretrained(folder / "agent", about=agent_card(trainer))
+            trainer.accelerator.wait_for_everyone()
     return folder / "agent"
 
-# %% ../nbs/03_train.ipynb #ad53b9fe
+# %% ../nbs/03_train.ipynb #42c74087
 def train_loop(trainer: Trainer, live: bool = True):
     "Steps up to the last one; every `evaluate_every` of them a log row and a checkpoint."
     config, main = trainer.config, trainer.accelerator.is_main_process
     show, began, first = Live(), time.monotonic(), trainer.step
-    writer = tensorboard_writer(trainer) if main else None
-    while trainer.step < config.steps:
-        train_step(trainer)
-        if trainer.step % config.evaluate_every and trainer.step < config.steps:
-            continue
-        row = evaluate_loss(trainer)
-        trainer.log.append(row)
-        if main:
-            save_checkpoint(trainer)
-            report(trainer, writer, (time.monotonic() - began) / (trainer.step - first))
-            if live:
-                show.show(loss_figure(trainer), final=trainer.step == config.steps)
+    with tensorboard_writer(trainer) if main else nullcontext() as writer:
+        while trainer.step < config.steps:
+            train_step(trainer)
+            if trainer.step % config.evaluate_every and trainer.step < config.steps:
+                continue
+            trainer.log.append(evaluate_loss(trainer))
+            if main:
+                save_checkpoint(trainer)
+                report(trainer, writer, (time.monotonic() - began) / (trainer.step - first))
+                if live:
+                    show.show(loss_figure(trainer), final=trainer.step == config.steps)
 
 # %% ../nbs/03_train.ipynb #b34cb6ad
 def tensorboard_writer(trainer: Trainer):
