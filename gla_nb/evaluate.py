@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['ENVIRONMENT', 'ACTION', 'SHUFFLE', 'FEEDBACK', 'MEMORY', 'CURVE', 'EPISODES', 'N_BINS', 'BINS', 'TEXT', 'LIFETIME',
            'EFFECTS', 'CLAIMS', 'LIFETIMES', 'Lifetimes', 'check_lifetimes', 'save_lifetimes', 'load_lifetimes',
-           'own_noise', 'InContext', 'check_fits', 'check_eta', 'eta_values', 'Uniform', 'shown_reward', 'yoke_to',
-           'check_meta_test', 'seen_observations', 'forward_rewards', 'meta_test', 'curve_name', 'new_record',
-           'run_lifetimes', 'progress', 'by_stream', 'episode_borders', 'episodes_table', 'bins_table', 'write_table',
-           'read_table', 'returns_at', 'curve', 'gain', 'first_episode', 'lifetime_length', 'final_return',
-           'interactions_to', 'select', 'differences', 'check_values', 'bootstrap_interval', 'paired_test', 'holm',
-           'Claim', 'curve_label', 'claim_row', 'claim_rows', 'claims_table', 'update_claims', 'figure_tables',
-           'write_figure', 'summary', 'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test', 'MetaTest',
-           'weights_hash', 'load_actor', 'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'run_meta_tests']
+           'own_noise', 'InContext', 'no_transition', 'check_fits', 'check_eta', 'eta_values', 'Uniform',
+           'shown_reward', 'yoke_to', 'check_meta_test', 'seen_observations', 'forward_rewards', 'meta_test',
+           'curve_name', 'new_record', 'run_lifetimes', 'progress', 'by_stream', 'episode_borders', 'episodes_table',
+           'bins_table', 'write_table', 'read_table', 'returns_at', 'curve', 'gain', 'first_episode', 'lifetime_length',
+           'final_return', 'interactions_to', 'select', 'differences', 'check_values', 'bootstrap_interval',
+           'paired_test', 'holm', 'Claim', 'curve_label', 'claim_row', 'claim_rows', 'claims_table', 'update_claims',
+           'figure_tables', 'write_figure', 'summary', 'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test',
+           'MetaTest', 'weights_hash', 'load_actor', 'meta_test_folder', 'run_meta_test', 'make_lifetimes',
+           'run_meta_tests']
 
-# %% ../nbs/04_evaluate.ipynb #b18c7f64
+# %% ../nbs/04_evaluate.ipynb #00078d47
 import hashlib
 import time
 import zipfile
@@ -30,7 +31,7 @@ from joblib import delayed
 from scipy import stats
 
 from .histories import History, open_history
-from .projections import TokenLayout, make_tokens
+from .projections import Normaliser, TokenLayout, make_tokens
 from gla_nb.stages import (
     Live,
     cpu_threads,
@@ -139,9 +140,9 @@ def own_noise(seeds, use: int, shape=(), normal=False, block: int = 256) -> Iter
         ]
         yield from np.stack(draws, axis=1)  # (block, L, *shape), one step at a time
 
-# %% ../nbs/04_evaluate.ipynb #b63054e5
+# %% ../nbs/04_evaluate.ipynb #e1e3a47d
 class InContext:
-    "Acts by an agent with `layout`, `new_cache` and `step`; `cache` is all that it remembers."
+    "Acts by an agent with `layout`, `new_cache`, `step`; remembers `cache` and running statistics."
 
     def __init__(self, agent, environments, memory: str = "lifetime", eta: dict | None = None):
         layout = agent.config.layout if hasattr(agent, "config") else agent.layout
@@ -152,15 +153,9 @@ class InContext:
         self.shape, self.normal = (() if layout.discrete else (layout.action,)), not layout.discrete
         parameters = getattr(agent, "parameters", lambda: iter(()))
         self.device = getattr(next(parameters(), None), "device", torch.device("cpu"))
-        self.cache = agent.new_cache(lifetimes)
+        self.cache, self.normaliser = agent.new_cache(lifetimes), Normaliser(layout, lifetimes)
         self.first = torch.ones(lifetimes, dtype=torch.bool)
-        self.previous = (
-            torch.zeros(lifetimes, layout.observation),
-            torch.zeros(lifetimes, *self.shape, dtype=torch.long if layout.discrete else None),
-            torch.zeros(lifetimes),
-            ~self.first,
-            ~self.first,
-        )
+        self.previous = no_transition(layout, lifetimes)
 
     @torch.inference_mode()
     def act(self, observation, noise):
@@ -180,16 +175,35 @@ class InContext:
         self.first = done = self.previous[3] | self.previous[4]
         if self.memory == "episode" and done.any():
             self.cache.empty(done.to(self.device))
+            self.normaliser.empty(done)
         elif done.any():
-            self._step(seen, torch.zeros_like(done), done.to(self.device))
+            self._step(seen, torch.zeros_like(done), done)
 
     def _step(self, observation, first, active=None):
         eta = eta_values(self.layout, self.eta, self.steps).expand(len(first), -1)
-        observation = torch.from_numpy(observation)
-        tokens = make_tokens(self.layout, observation, *self.previous, first, eta)
-        return self.agent.step(tokens.to(self.device), self.cache, active)
+        before, action, reward, terminated, truncated = self.previous
+        now, before, reward = self.normaliser(
+            torch.from_numpy(observation), before, reward, first, active
+        )
+        last = (before, action, reward, terminated, truncated)
+        tokens = make_tokens(self.layout, now, *last, first, eta).to(self.device)
+        active = None if active is None else active.to(self.device)
+        return self.agent.step(tokens, self.cache, active)
 
-# %% ../nbs/04_evaluate.ipynb #c36a362b
+# %% ../nbs/04_evaluate.ipynb #f7cafa72
+def no_transition(layout: TokenLayout, lifetimes: int) -> tuple:
+    "Observation, action, reward, terminated, truncated before the first step, all zero."
+    shape = (lifetimes,) if layout.discrete else (lifetimes, layout.action)
+    no = torch.zeros(lifetimes, dtype=torch.bool)
+    return (
+        torch.zeros(lifetimes, layout.observation),
+        torch.zeros(shape, dtype=torch.long if layout.discrete else torch.float32),
+        torch.zeros(lifetimes),
+        no,
+        no,
+    )
+
+# %% ../nbs/04_evaluate.ipynb #f1ac03f5
 def check_fits(layout: TokenLayout, environments):
     "Raise `ValueError` that names both sides when an agent cannot act in these environments."
     space = environments.single_action_space
@@ -199,6 +213,7 @@ def check_fits(layout: TokenLayout, environments):
         action=int(space.n) if discrete else space.shape[0],
         discrete=discrete,
         eta=layout.eta,
+        normalise=layout.normalise,
     )
     if task != layout:
         raise ValueError(f"the agent was made for {layout}, but this task needs {task}")

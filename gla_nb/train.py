@@ -12,7 +12,7 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'E
            'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
            'training_progress', 'Experiment', 'find_experiment', 'running_scale']
 
-# %% ../nbs/03_train.ipynb #26d7e0eb
+# %% ../nbs/03_train.ipynb #1c013282
 import json
 import math
 import os
@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 from .collect import CollectConfig, run_folders
 from .histories import History, open_history, update_returns
-from .projections import TokenLayout, make_tokens
+from .projections import TokenLayout, make_tokens, normalise_sequences
 from gla_nb.stages import (
     Live,
     cpu_threads,
@@ -46,7 +46,7 @@ from gla_nb.stages import (
 )
 from .transformer import GLA, GLAConfig, kl, log_probability
 
-# %% ../nbs/03_train.ipynb #fba96e2f
+# %% ../nbs/03_train.ipynb #1fd76704
 @dataclass(frozen=True)
 class TrainConfig:
     "How one agent is trained; every field is part of the name of its checkpoint."
@@ -65,6 +65,7 @@ class TrainConfig:
     eta: tuple = ()  # conditioning of Equation 1, any of gap, return, position
     eta_dropout: float = 0.1  # share of sequences in which eta is not given (zeros)
     hide_rewards: bool = False  # the control agent that never sees a reward
+    normalise: bool = False  # observations and rewards by what the agent has seen so far
     layers: int = 3
     width: int = 64
     heads: int = 4
@@ -156,7 +157,7 @@ def smooth_returns(history: History, window: int = 5) -> np.ndarray:
     values = pd.Series(update_returns(history))
     return values.rolling(window, center=True, min_periods=1).mean().to_numpy()
 
-# %% ../nbs/03_train.ipynb #7dbca737
+# %% ../nbs/03_train.ipynb #80e179df
 ROW_FIELDS = (
     "observation",
     "final_observation",
@@ -169,7 +170,7 @@ ROW_FIELDS = (
 )
 
 
-def token_table(histories: list[History], eta: tuple = (), device="cpu") -> TokenTable:
+def token_table(histories: list[History], eta=(), device="cpu", normalise: int = 0) -> TokenTable:
     "Tokens of histories of one shape. Raises `ValueError` when their shapes differ."
     shapes = {(h.observation.shape[2:], h.actions, h.updates, h.streams) for h in histories}
     if len(shapes) != 1:
@@ -183,7 +184,7 @@ def token_table(histories: list[History], eta: tuple = (), device="cpu") -> Toke
     row, end, first = (np.concatenate(part) for part in zip(*parts, strict=True))
     one = histories[0]
     return TokenTable(
-        layout=TokenLayout(one.observation.shape[2], one.actions, one.discrete, eta),
+        layout=TokenLayout(one.observation.shape[2], one.actions, one.discrete, eta, normalise),
         rows={name: flat_rows(histories, name).to(device) for name in ROW_FIELDS},
         row=row,
         end=end,
@@ -292,7 +293,7 @@ class Batch:
     action: torch.Tensor  # (B, T) or (B, T, d_a) the action that PPO sampled
     weight: torch.Tensor  # (B, T) 1 where the token is scored, else 0
 
-# %% ../nbs/03_train.ipynb #af141c59
+# %% ../nbs/03_train.ipynb #f1c129b7
 def make_batch(config: TrainConfig, table: TokenTable, plan: Plan, eta=None) -> Batch:
     "Gather the tokens of a plan; `eta` (B, T, len(layout.eta)) when the layout has it."
     rows, device = table.rows, table.rows["reward"].device
@@ -305,13 +306,16 @@ def make_batch(config: TrainConfig, table: TokenTable, plan: Plan, eta=None) -> 
         torch.from_numpy(array).to(device) for array in (row, end, first, previous, border, weight)
     )
     now = torch.where(end[..., None], rows["final_observation"][row], rows["observation"][row])
-    reward = rows["reward"][previous]
+    reward = rows["reward"][previous] * (not config.hide_rewards)
+    now, before, reward = normalise_sequences(
+        table.layout, now, rows["observation"][previous], reward, first
+    )
     tokens = make_tokens(
         table.layout,
         observation=now,
-        previous_observation=rows["observation"][previous],
+        previous_observation=before,
         previous_action=rows["executed_action"][previous],
-        previous_reward=torch.zeros_like(reward) if config.hide_rewards else reward,
+        previous_reward=reward,
         terminated=rows["terminated"][previous] & end,
         truncated=(rows["truncated"][previous] & end) | border,
         first=first,
@@ -418,7 +422,7 @@ def split_runs(runs: int, held_out: int) -> tuple[list[int], list[int]]:
         )
     return list(range(runs - held_out)), list(range(runs - held_out, runs))
 
-# %% ../nbs/03_train.ipynb #d0985a23
+# %% ../nbs/03_train.ipynb #4907e50f
 class Trainer:
     "One training run: model, optimiser, data, step and log."
 
@@ -429,7 +433,8 @@ class Trainer:
         # Without `cpu`, `torchrun` without a GPU would train as many agents as it has processes.
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
-        self.table = token_table(histories, config.eta, self.device)
+        cap = config.tokens if config.normalise else 0
+        self.table = token_table(histories, config.eta, self.device, cap)
         self.train_runs, self.held_out_runs = split_runs(len(histories), config.held_out)
         self.bfloat16 = use_bfloat16(config.precision, self.device)
         model = new_agent(config, self.table.layout)

@@ -136,7 +136,7 @@ def choose(layout, outputs, noise):
         edges = np.cumsum(probability / probability.sum())
         return np.int64(min((edges <= noise).sum(), layout.action - 1))
     mean, log_std = np.split(outputs, 2)
-    return np.clip(mean + np.exp(log_std) * noise, -0.5, 0.5).astype(np.float32)
+    return np.clip(mean + np.exp(log_std) * noise, -1, 1).astype(np.float32)
 
 
 def replay(layout, seed, interactions, show, forget=False):
@@ -157,7 +157,8 @@ def replay(layout, seed, interactions, show, forget=False):
         outputs = agent.outputs(total[None].astype(np.float32))[0].numpy()
         draw = generator.random if layout.discrete else generator.standard_normal
         action = choose(layout, outputs, draw(None if layout.discrete else 2, dtype=np.float32))
-        following, reward, terminated, truncated, _ = env.step(action)
+        stretched = action if layout.discrete else action / 2  # the bounds of the task are +-0.5
+        following, reward, terminated, truncated, _ = env.step(stretched)
         rewards.append(np.float32(reward))
         shown = show(step, rewards)
         previous = np.concatenate(
@@ -190,7 +191,7 @@ def test_box_actions_are_executed_and_recorded_as_clipped():
     agent = Adder(BOX)
     lifetimes = meta_test(agent, TASKS[BOX], [0, 1], 40)
     actions = agent.read_by(0)[:, 6:8]
-    assert np.abs(actions).max() == 0.5 and (np.abs(actions) == 0.5).mean() > 0.1
+    assert np.abs(actions).max() == 1 and (np.abs(actions) == 1).mean() > 0.1
     first = agent.tokens[1][0][:, 6:8].numpy()  # an episode has at least two steps
     np.testing.assert_allclose(lifetimes.action_rms[:, 0], np.sqrt((first**2).mean(1)), rtol=1e-6)
     np.testing.assert_allclose(lifetimes.forward_reward, lifetimes.reward / 2, rtol=1e-6)
@@ -259,8 +260,8 @@ def test_a_lifetime_depends_on_its_seed_alone(layout):
 def test_random_agent_is_uniform_in_both_spaces():
     lifetimes = meta_test("random", TASKS[BOX], range(4), 500)
     assert lifetimes.agent == "random" and lifetimes.gap == ""
-    # Two uniform actions in [-0.5, 0.5]: the mean square is 1/12.
-    assert np.mean(lifetimes.action_rms**2) == pytest.approx(1 / 12, rel=0.05)
+    # Two uniform actions in [-1, 1]: the mean square is 1/3.
+    assert np.mean(lifetimes.action_rms**2) == pytest.approx(1 / 3, rel=0.05)
     grid = meta_test("random", "grid", range(64), 400)
     assert grid.reward.sum(1).mean() / 20 == pytest.approx(1.0, abs=0.5)
     with pytest.raises(ValueError, match="unknown agent 'ppo'"):
