@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'WORK', 'outputs_folder', 'storage_error', 'make_folder', 'whole', 'write_json', 'read_json', 'plain',
-           'config_hash', 'stage_folder', 'versions', 'locked', 'seed_sequence', 'seed_number', 'Live', 'duration',
-           'cores', 'quietly', 'run_parallel', 'cpu_threads']
+           'config_hash', 'stage_folder', 'versions', 'locked', 'remove_partial', 'is_running', 'seed_sequence',
+           'seed_number', 'Live', 'duration', 'cores', 'quietly', 'run_parallel', 'cpu_threads']
 
-# %% ../nbs/00b_stages.ipynb #a65102ba
+# %% ../nbs/00b_stages.ipynb #9aeb9667
 import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -119,7 +120,7 @@ def versions() -> dict:
             found[name] = "not installed"
     return found
 
-# %% ../nbs/00b_stages.ipynb #41d077dc
+# %% ../nbs/00b_stages.ipynb #835e9ef6
 @contextmanager
 def locked(folder):
     "Hold the lock of a stage folder; a second process waits here until the first is done."
@@ -135,7 +136,27 @@ def locked(folder):
         raise storage_error(folder, error) from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        remove_partial(folder)
         yield
+
+
+def remove_partial(folder):
+    "Remove what `whole` was writing in a folder when its process was killed."
+    for path in Path(folder).glob(".*"):
+        process = re.fullmatch(r"\..+\.(\d+)(\.\w+)?", path.name)
+        if process and not is_running(int(process[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    "Whether a process of this number exists."
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 # %% ../nbs/00b_stages.ipynb #22ab82bd
 STREAMS = ("train", "validation", "figure")

@@ -229,9 +229,9 @@ def check_spaces(env):
             f"unsupported action space {done}: use Discrete from 0, or a bounded 1-d Box"
         )
 
-# %% ../nbs/00_tasks.ipynb #8212ed61
+# %% ../nbs/00_tasks.ipynb #2b6e90e8
 class BoundedActions(gym.ActionWrapper):
-    "Box actions in [-1, 1], clipped, then stretched to the bounds of the space of `env`."
+    "Box actions in [-1, 1], stretched to the bounds of the space of `env`, and clipped there."
 
     def __init__(self, env):
         super().__init__(env)
@@ -241,8 +241,7 @@ class BoundedActions(gym.ActionWrapper):
         self.action_space = spaces.Box(-1.0, 1.0, box.shape, box.dtype)
 
     def action(self, action):
-        stretched = self.middle + self.half * np.clip(action, -1, 1)
-        return np.clip(stretched, self.low, self.high)  # rounding may not leave the space either
+        return np.clip(self.middle + self.half * action, self.low, self.high)
 
 # %% ../nbs/00_tasks.ipynb #07c43559
 def make_env(task) -> gym.Env:

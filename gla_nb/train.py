@@ -653,7 +653,7 @@ def read_log(agent_folder) -> list[dict]:
     "The rows of the log of a trained agent, from its checkpoint."
     return read_checkpoint(Path(agent_folder).parent / "checkpoint.safetensors")[1]["log"]
 
-# %% ../nbs/03_train.ipynb #53003a42
+# %% ../nbs/03_train.ipynb #00ef92ad
 def train_all(configs: list[TrainConfig], histories, jobs: int | None = None) -> list[Path]:
     "Train, or reuse, an agent for each configuration; returns their folders in the same order."
     folders = [checkpoint_folder(config, histories) for config in configs]
@@ -669,7 +669,9 @@ def training_progress(configs: list[TrainConfig], folders: list[Path]) -> str:
         path = folder / "progress.json"
         row = read_json(path) if path.exists() else None
         step = f"{row['step']}/{config.steps}, held out {row['held_out']:.3f}" if row else "waiting"
-        parts.append(f"gap {config.gap}: {step}")
+        kind = " without rewards" * config.hide_rewards
+        kind += f" {config.objective}" * (config.objective != "both")
+        parts.append(f"gap {config.gap}{kind}: {step}")
     return "training  " + "   ".join(parts)
 
 # %% ../nbs/03_train.ipynb #455e8d42
