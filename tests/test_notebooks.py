@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from papermill import inspect_notebook
 from scipy import stats
 
 from gla_nb.evaluate import claims_table, paired_test, read_table
@@ -57,7 +58,7 @@ def start(place, *words, outputs=None, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=240,
     )
     return done.returncode, done.stdout
 
@@ -111,6 +112,8 @@ def about(folder):
 @pytest.fixture(scope="module")
 def trained(place):
     "`-p gap 8` from nothing; returns the notebook."
+    known = inspect_notebook(str(ROOT / "nbs" / "03_train.ipynb"))
+    assert {"gap", "scale"} <= set(known), "without the tag the defaults win: hours of training"
     code, printed = papermill(place, "03_train", "train.ipynb", "-p", "gap", "8", *SMOKE, **CORES)
     assert code == 0, printed
     return place / "train.ipynb"
@@ -296,7 +299,7 @@ def test_the_terminal_shows_progress_and_no_noise(figure):
 
 MISTAKES = {  # command, notebook, parameters, and what must be said
     "experiment": (papermill, "10_figure3", "-p experiment gird", "unknown experiment 'gird'"),
-    "scale": (papermill, "04_evaluate", "-p scale huge", "unknown scale 'huge'"),
+    "scale": (papermill, "10_figure3", "-p scale huge", "unknown scale 'huge'"),
     "gap": (papermill, "03_train", "-p gap eight", "unknown gap 'eight'"),
     "history": (driver, "03_train", "-p gap 99", "gap 99 is larger than the history"),
 }
@@ -304,7 +307,9 @@ MISTAKES = {  # command, notebook, parameters, and what must be said
 
 @pytest.fixture(scope="module")
 def mistakes(place):
-    "Exit status and printed text of all of `MISTAKES`, two at a time, in empty outputs."
+    "Exit status and printed text of all of `MISTAKES`, and of outputs below a file; two at a time."
+    (place / "file.txt").write_text("not a folder")
+    bad = place / "file.txt" / "outputs"
     with ThreadPoolExecutor(2) as pool:
         jobs = {
             name: pool.submit(
@@ -312,6 +317,8 @@ def mistakes(place):
             )
             for name, (run, notebook, words, _) in MISTAKES.items()
         }
+        folder = (place, "10_figure3", "folder.ipynb", *SMOKE)
+        jobs["folder"] = pool.submit(papermill, *folder, outputs=bad)
     assert not files(place / "new"), "a command that was refused wrote something"
     return {name: job.result() for name, job in jobs.items()}
 
@@ -327,12 +334,10 @@ def test_a_wrong_value_is_an_error_that_names_it(place, mistakes, name):
     assert len(errors) == 1 and message in errors[0].evalue, "the notebook keeps the error"
 
 
-def test_outputs_below_a_file_are_an_error_that_says_what_to_do(place):
-    (place / "file.txt").write_text("not a folder")
-    bad = place / "file.txt" / "outputs"
-    code, printed = papermill(place, "10_figure3", "bad.ipynb", *SMOKE, outputs=bad)
+def test_outputs_below_a_file_are_an_error_that_says_what_to_do(place, mistakes):
+    code, printed = mistakes["folder"]
     assert code == 1
-    assert f"cannot write {bad}" in printed
+    assert f"cannot write {place / 'file.txt' / 'outputs'}" in printed
     assert "a part of the path is a file" in printed and "set GLA_NB_OUTPUTS" in printed
     code, printed = driver(place, "03_train", "file.txt/out.ipynb", *SMOKE)
     assert code == 1
