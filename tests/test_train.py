@@ -459,13 +459,14 @@ def test_same_seed_same_weights_another_seed_others(folders, trained, task):
     assert same(trained[task], other) == (False, False, False)
 
 
-def test_held_out_losses_are_means_over_scored_tokens(histories, trained, outputs):
+def test_held_out_losses_are_means_over_scored_tokens(folders, histories, outputs):
     "Of the same tokens each time, by loops, from the saved agent."
-    trainer = Trainer(TINY, histories["short"], outputs)
-    batch, plan = trainer.fixed
-    agent = GLA.from_pretrained(trained["short"])
+    config = tiny(segment_min=17, segment_max=20, steps=5)  # longer than a segment's head
+    saved = train(config, folders["short"], live=False)
+    batch, plan = Trainer(config, histories["short"], outputs).fixed
+    agent = GLA.from_pretrained(saved)
     with torch.no_grad():
-        losses = divergence(TINY, True, agent(batch.tokens), batch.teacher, None)
+        losses = divergence(config, True, agent(batch.tokens), batch.teacher, None)
     parts = {"held_out": [], "held_out_head": []}
     segments = [[] for _ in range(plan.segment.max() + 1)]
     for sequence in range(TINY.batch):
@@ -477,7 +478,7 @@ def test_held_out_losses_are_means_over_scored_tokens(histories, trained, output
             segments[plan.segment[sequence, position]].append(value)
             if plan.offset[sequence, position] < 16:
                 parts["held_out_head"].append(value)
-    row = read_log(trained["short"])[-1]
+    row = read_log(saved)[-1]
     for name, values in parts.items():
         np.testing.assert_allclose(row[name], np.mean(values), rtol=1e-5)
     expected = [np.mean(values) if values else 0.0 for values in segments]
