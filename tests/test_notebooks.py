@@ -96,11 +96,6 @@ def injected(notebook):
     return cell.source
 
 
-def checkpoints(place, gap):
-    "Folders of the agents of one gap, of all objectives."
-    return sorted((place / "outputs" / "checkpoints").glob(f"grid-gap-{gap}-*"))
-
-
 def about(folder):
     "What the agent in a checkpoint folder says of itself."
     return GLA.from_pretrained(folder / "agent").about
@@ -138,33 +133,26 @@ def test_a_second_run_reuses_histories_and_agent(place, trained):
     assert second < first / 2, "it worked as long as the first time"
 
 
-def test_evaluation_uses_the_agent_and_is_itself_reused(place, trained):
+def test_evaluation_shares_agents_and_lifetimes_with_the_figure(place, figure):
     before = files(place / "outputs")
-    code, printed = papermill(place, "04_evaluate", "evaluate.ipynb", "-p", "gap", "8", *SMOKE)
+    code, printed = papermill(place, "04_evaluate", "evaluate.ipynb", "-p", "gap", "max", *SMOKE)
     assert code == 0, printed
+    assert 'gap = "max"' in injected(place / "evaluate.ipynb")
     after = files(place / "outputs")
-    assert before.items() <= after.items(), "it collected or trained again"
-    assert {Path(name).parts[0] for name in after.keys() - before.keys()} == {"meta_tests"}
-    code, printed = papermill(place, "04_evaluate", "evaluate.ipynb", "-p", "gap", "8", *SMOKE)
-    assert code == 0, printed
-    assert files(place / "outputs") == after
+    assert before.items() <= after.items(), "it collected, trained or tested again"
+    # The figure has the agent itself and the random policy; the controls of this gap are new.
+    new = [Path(name) for name in after.keys() - before.keys()]
+    assert {path.parts[0] for path in new} == {"meta_tests"}
+    assert len({path.parts[1] for path in new}) == 4
 
 
-def test_commands_share_what_the_figure_made(place, figure):
-    "`-p gap max` finds the agent of the figure, and `jupyter execute` that of the default gap."
-    before = files(place / "outputs")
-    code, printed = papermill(place, "03_train", "max.ipynb", "-p", "gap", "max", *SMOKE)
-    assert code == 0, printed
-    assert 'gap = "max"' in injected(place / "max.ipynb")
-    folders = [f for f in checkpoints(place, "max") if about(f)["train"]["objective"] == "both"]
-    assert len(folders) == 1 and about(folders[0])["gap"] == "max"
-
-    notebook = ROOT / "nbs" / "03_train.ipynb"
+def test_jupyter_executes_at_the_smoke_scale_where_notebooks_are_tested(place, figure):
+    before, notebook = files(place / "outputs"), ROOT / "nbs" / "03_train.ipynb"
     source, listing = notebook.read_bytes(), sorted(os.listdir(notebook.parent))
     code, printed = start(place, command("jupyter"), "execute", notebook, IN_TEST="1")
     assert code == 0, printed
+    assert files(place / "outputs") == before, "the figure trained the agent of the default gap"
     assert notebook.read_bytes() == source and sorted(os.listdir(notebook.parent)) == listing
-    assert files(place / "outputs") == before, "IN_TEST must choose the smoke scale"
     assert not list((place / "work").iterdir())
 
 
