@@ -37,7 +37,14 @@ from gla_nb.stages import (
     seed_sequence,
     stage_folder,
 )
-from .tasks import check_finite, final_observations, find_task, make_vector_env
+from gla_nb.tasks import (
+    check_finite,
+    final_observations,
+    find_task,
+    forward_rewards,
+    make_vector_env,
+    reports_forward,
+)
 
 # %% ../nbs/01b_collect.ipynb #88ccd895
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class CollectConfig:
     clip: float = 0.2  # range of the probability ratio
     value_weight: float = 0.5  # of the value loss
     max_gradient: float = 0.5  # norm at which gradients are clipped
+    log_std: float = 0.0  # of a Box policy before its first update
     width: int = 64  # units in each of the two hidden layers, of policy and of value
     normalise: bool = False  # running normalisation of observations and rewards, for Box tasks
     seed: int = 0  # of everything; run i of a seed is always the same
@@ -95,6 +103,7 @@ class GymnasiumVecEnv(VecEnv):
         observation, reward, terminated, truncated, infos = self.envs.step(self.actions)
         self.terminated, self.truncated = terminated, truncated
         self.final_observation = final_observations(observation, infos)
+        self.forward_reward = forward_rewards(infos, terminated | truncated)
         answers = [{} for _ in range(self.num_envs)]
         for index in np.flatnonzero(terminated | truncated):
             answers[index]["terminal_observation"] = self.final_observation[index]
@@ -124,6 +133,8 @@ class Recorder(VecEnvWrapper):
 
     def __init__(self, venv: GymnasiumVecEnv, task):
         super().__init__(venv)
+        self.forward = reports_forward(task)
+        self.names = self.names + ["forward_reward"] * self.forward
         self.task, self.update, self.steps = task, 0, []
         # float64 actions would differ from the recorded ones in the last digits.
         self.dtype = np.float32 if len(venv.action_space.shape) else np.int64
@@ -143,7 +154,8 @@ class Recorder(VecEnvWrapper):
         for value in (observation, final):
             check_finite(self.task, value, reward, where)
         flags = self.venv.terminated, self.venv.truncated
-        step = (self.observation, self.executed, reward, *flags, final)
+        step = [self.observation, self.executed, reward, *flags, final]
+        step += [self.venv.forward_reward] * self.forward
         self.steps.append([np.array(value) for value in step])
         self.observation = np.array(observation)
         return observation, reward, done, infos
@@ -229,7 +241,7 @@ def make_ppo(config, run):
         ent_coef=config.entropy,
         vf_coef=config.value_weight,
         max_grad_norm=config.max_gradient,
-        policy_kwargs={"net_arch": [config.width, config.width]},
+        policy_kwargs={"net_arch": [config.width] * 2, "log_std_init": config.log_std},
         device="cpu",
     )
     return model, recorder
@@ -256,6 +268,7 @@ def collect_run(config, run, folder):
             plan = {"streams": config.streams, "updates": config.updates, "seed": seed}
             plan |= {"steps_per_update": config.steps_per_update, "task": config.task}
             plan |= {"observation_space": recorder.observation_space, "config": config}
+            plan |= {"forward_reward": recorder.forward}
             with HistoryWriter(folder, action_space=recorder.action_space, **plan) as writer:
                 rows = config.updates * config.steps_per_update * config.streams
                 model.learn(rows, HistoryCallback(recorder, writer), log_interval=None)

@@ -6,14 +6,13 @@
 __all__ = ['ENVIRONMENT', 'ACTION', 'SHUFFLE', 'FEEDBACK', 'MEMORY', 'CURVE', 'EPISODES', 'N_BINS', 'BINS', 'TEXT', 'LIFETIME',
            'EFFECTS', 'CLAIMS', 'LIFETIMES', 'Lifetimes', 'check_lifetimes', 'save_lifetimes', 'load_lifetimes',
            'own_noise', 'InContext', 'no_transition', 'check_fits', 'check_eta', 'eta_values', 'Uniform',
-           'shown_reward', 'yoke_to', 'check_meta_test', 'seen_observations', 'forward_rewards', 'meta_test',
-           'curve_name', 'new_record', 'run_lifetimes', 'progress', 'by_stream', 'episode_borders', 'episodes_table',
-           'bins_table', 'write_table', 'read_table', 'returns_at', 'curve', 'gain', 'first_episode', 'lifetime_length',
-           'final_return', 'interactions_to', 'select', 'differences', 'check_values', 'bootstrap_interval',
-           'paired_test', 'holm', 'Claim', 'curve_label', 'claim_row', 'claim_rows', 'claims_table', 'update_claims',
-           'figure_tables', 'write_figure', 'summary', 'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test',
-           'MetaTest', 'weights_hash', 'load_actor', 'meta_test_folder', 'run_meta_test', 'make_lifetimes',
-           'run_meta_tests']
+           'shown_reward', 'yoke_to', 'check_meta_test', 'seen_observations', 'meta_test', 'curve_name', 'new_record',
+           'run_lifetimes', 'progress', 'by_stream', 'episode_borders', 'episodes_table', 'bins_table', 'write_table',
+           'read_table', 'returns_at', 'curve', 'gain', 'first_episode', 'lifetime_length', 'final_return',
+           'interactions_to', 'select', 'differences', 'check_values', 'bootstrap_interval', 'paired_test', 'holm',
+           'Claim', 'curve_label', 'claim_row', 'claim_rows', 'claims_table', 'update_claims', 'figure_tables',
+           'write_figure', 'summary', 'plot_returns', 'in_turns', 'ppo_lifetimes', 'saved_meta_test', 'MetaTest',
+           'weights_hash', 'load_actor', 'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'run_meta_tests']
 
 # %% ../nbs/04_evaluate.ipynb #00078d47
 import hashlib
@@ -45,7 +44,14 @@ from gla_nb.stages import (
     stage_folder,
     whole,
 )
-from .tasks import Task, check_finite, final_observations, find_task, make_vector_env
+from gla_nb.tasks import (
+    Task,
+    check_finite,
+    final_observations,
+    find_task,
+    forward_rewards,
+    make_vector_env,
+)
 from .transformer import GLA, sample
 
 # %% ../nbs/04_evaluate.ipynb #d387f5cc
@@ -307,13 +313,6 @@ def check_meta_test(seeds, interactions, feedback, memory, yoke) -> np.ndarray:
 def seen_observations(infos: dict, observation: np.ndarray, done: np.ndarray) -> np.ndarray:
     "(L, d_o): `observation`, and the true final one where an episode is `done`."
     return np.where(done[:, None], final_observations(observation, infos), observation)
-
-# %% ../nbs/04_evaluate.ipynb #83251e3a
-def forward_rewards(infos: dict, done: np.ndarray) -> np.ndarray:
-    "(L,) reward for moving forward where the simulator reports it, else NaN."
-    forward = np.asarray(infos.get("reward_forward", np.full(len(done), np.nan)), np.float32)
-    final = infos.get("final_info", {}).get("reward_forward")
-    return forward if final is None else np.where(done, final, forward)
 
 # %% ../nbs/04_evaluate.ipynb #5a222d66
 def meta_test(

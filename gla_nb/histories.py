@@ -39,6 +39,7 @@ def row_fields(meta) -> dict:
     discrete = space["kind"] == "Discrete"
     number = space["n"] if discrete else len(space["low"])
     action = ((), np.dtype("<i8")) if discrete else ((number,), np.dtype("<f4"))
+    forward = {"forward_reward": ((), np.dtype("<f4"))} if meta.get("forward_reward") else {}
     return {
         "observation": observation,
         "action": action,
@@ -49,7 +50,7 @@ def row_fields(meta) -> dict:
         "final_observation": observation,
         "distribution": ((number if discrete else 2 * number,), np.dtype("<f4")),
         "update": ((), np.dtype("<i4")),
-    }
+    } | forward
 
 # %% ../nbs/01a_histories.ipynb #fde964e0
 class ArrayFile:
@@ -85,7 +86,16 @@ class ArrayFile:
 
 # %% ../nbs/01a_histories.ipynb #4d64929c
 def new_meta(
-    *, task, observation_space, action_space, streams, updates, steps_per_update, seed, config=None
+    *,
+    task,
+    observation_space,
+    action_space,
+    streams,
+    updates,
+    steps_per_update,
+    seed,
+    config=None,
+    forward_reward=False,
 ) -> dict:
     "The metadata of a history to be written. Raises `ValueError` for sizes below 1."
     sizes = {"streams": streams, "updates": updates, "steps_per_update": steps_per_update}
@@ -96,6 +106,7 @@ def new_meta(
     about |= {"observation": {"shape": list(observation_space.shape)}}
     about |= {"action": describe_action(action_space), "seed": int(seed)}
     about |= {name: int(size) for name, size in sizes.items()}
+    about |= {"forward_reward": bool(forward_reward)}
     return about | {"config": plain(config or {}), "versions": versions()}
 
 # %% ../nbs/01a_histories.ipynb #82f60b48
@@ -181,6 +192,7 @@ class History:
     final_observation: np.ndarray  # (streams, rows, d_o) float32, zeros where no episode ends
     distribution: np.ndarray  # (streams, rows, n) log-probabilities or (..., 2 * d_a) mean, log_std
     update: np.ndarray  # (streams, rows) int32
+    forward_reward: np.ndarray | None = None  # (streams, rows) float32 where the task reports it
 
     @property
     def streams(self) -> int:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['MOVES', 'DIRECTIONS', 'TASKS', 'move', 'one_hot', 'check_grid', 'draw_grid', 'GridWorldEnv', 'GridWorldVectorEnv',
            'AntDirEnv', 'Task', 'find_task', 'check_spaces', 'BoundedActions', 'make_env', 'make_vector_env',
-           'final_observations', 'check_finite']
+           'final_observations', 'forward_rewards', 'reports_forward', 'check_finite']
 
 # %% ../nbs/00_tasks.ipynb #a79688fd
 import difflib
 import warnings
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import gymnasium as gym
@@ -284,6 +285,21 @@ def final_observations(observation, infos):
     for index in np.flatnonzero(infos.get("_final_obs", ())):
         final[index] = infos["final_obs"][index]
     return final
+
+# %% ../nbs/00_tasks.ipynb #1a50098b
+def forward_rewards(infos, done):
+    "Rewards (number,) for moving forward where the simulator reports them, else NaN."
+    forward = np.asarray(infos.get("reward_forward", np.full(len(done), np.nan)), np.float32)
+    final = infos.get("final_info", {}).get("reward_forward")
+    return forward if final is None else np.where(done, final, forward).astype(np.float32)
+
+
+def reports_forward(task) -> bool:
+    "Whether one step of `task` reports a reward for moving forward."
+    with closing(make_vector_env(task, 1)) as envs:
+        envs.reset(seed=0)
+        *_, infos = envs.step(np.zeros_like(envs.action_space.sample()))
+    return "reward_forward" in infos
 
 # %% ../nbs/00_tasks.ipynb #9769995b
 def check_finite(task, observation, reward, where=""):
