@@ -26,6 +26,7 @@ from gla_nb.histories import (
     HistoryWriter,
     meta_defects,
     open_history,
+    update_interactions,
     update_returns,
 )
 from gla_nb.stages import (
@@ -340,9 +341,8 @@ def learning_curves(folder) -> pd.DataFrame:
     tables = []
     for run, path in enumerate(run_folders(folder)):
         history = open_history(path)
-        update = np.arange(history.updates)
-        per_update = history.meta["steps_per_update"] * history.streams
-        columns = {"update": update, "interactions": (update + 1) * per_update}
+        columns = {"update": np.arange(history.updates) * history.every}
+        columns |= {"interactions": update_interactions(history)}
         tables.append(pd.DataFrame({"run": run} | columns | {"return": update_returns(history)}))
     return pd.concat(tables, ignore_index=True)
 

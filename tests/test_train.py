@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gla_nb import train as training
 from gla_nb.collect import CollectConfig, collect, run_folders
 from gla_nb.evaluate import meta_test
-from gla_nb.histories import HistoryError, open_history, update_returns
+from gla_nb.histories import HistoryError, export_histories, open_history, update_returns
 from gla_nb.tasks import TASKS, Task
 from gla_nb.train import (
     EXPERIMENTS,
@@ -448,7 +448,10 @@ def test_the_loss_falls(folders, task):
     assert [row["step"] for row in log] == [20, 40, 60, 70]
     assert log[-1]["train"] < 0.8 * log[0]["train"]
     for row in log:
-        assert row.keys() == {"step", "train", "held_out", "held_out_head", "held_out_segments"}
+        names = {"step", "train", "held_out", "held_out_head", "held_out_segments"}
+        assert row.keys() == names | {"held_out_forward", "held_out_reverse"}
+        both = np.add(row["held_out_forward"], row["held_out_reverse"])
+        np.testing.assert_allclose(both, row["held_out_segments"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("task", TASK_TABLE)
@@ -463,7 +466,7 @@ def test_held_out_losses_are_means_over_scored_tokens(folders, histories, output
     "Of the same tokens each time, by loops, from the saved agent."
     config = tiny(segment_min=17, segment_max=20, steps=5)  # longer than a segment's head
     saved = train(config, folders["short"], live=False)
-    batch, plan = Trainer(config, histories["short"], outputs).fixed
+    batch, plan = Trainer(config, [histories["short"]], outputs).fixed
     agent = GLA.from_pretrained(saved)
     with torch.no_grad():
         losses = divergence(config, True, agent(batch.tokens), batch.teacher, None)
@@ -501,7 +504,7 @@ def test_switches_train_to_different_agents(folders):
     for change in changes:
         agent = train(tiny(steps=5, **change), folders["short"], live=False)
         about = GLA.from_pretrained(agent).about
-        assert about["gap"] == change.get("gap", 2) and about["task"]["name"] == "short"
+        assert about["gap"] == change.get("gap", 2) and about["tasks"][0]["name"] == "short"
         names.append((agent / "model.safetensors").read_bytes())
     assert len(set(names)) == len(changes)
 
@@ -696,20 +699,20 @@ def test_a_file_that_cannot_grow_is_named_and_the_earlier_checkpoint_kept(
 @pytest.fixture
 def checkpoint(histories, outputs):
     "A trainer after two steps, with its checkpoint saved."
-    trainer = Trainer(TINY, histories["short"], outputs)
+    trainer = Trainer(TINY, [histories["short"]], outputs)
     train_step(trainer), train_step(trainer)
     save_checkpoint(trainer)
     return trainer
 
 
 def test_checkpoints_hold_everything(checkpoint, histories):
-    other = Trainer(TINY, histories["short"], checkpoint.folder)
+    other = Trainer(TINY, [histories["short"]], checkpoint.folder)
     assert load_checkpoint(other) and other.step == 2
     for trainer in (checkpoint, other):
         train_step(trainer)
     for one, two in zip(checkpoint.agent.parameters(), other.agent.parameters(), strict=True):
         assert torch.equal(one, two)
-    nowhere = Trainer(TINY, histories["short"], checkpoint.folder / "nowhere")
+    nowhere = Trainer(TINY, [histories["short"]], checkpoint.folder / "nowhere")
     assert not load_checkpoint(nowhere) and nowhere.step == 0
 
 
@@ -724,7 +727,7 @@ def test_checkpoints_hold_everything(checkpoint, histories):
 def test_checkpoints_of_another_shape_are_named(checkpoint, histories, changes, expected):
     path = checkpoint.folder / "checkpoint.safetensors"
     before = path.read_bytes()
-    other = Trainer(tiny(**changes), histories["short"], checkpoint.folder)
+    other = Trainer(tiny(**changes), [histories["short"]], checkpoint.folder)
     with pytest.raises(
         ValueError, match=rf"checkpoint\.safetensors is of another shape: {expected}"
     ):
@@ -799,6 +802,7 @@ def test_what_does_not_fit_the_histories_is_named_before_any_step(
         ({"segment_min": 15}, "they are 15, 14, 48"),
         ({"segment_max": 49}, "they are 5, 49, 48"),
         ({"steps": 0}, "steps is 0: give at least 1"),
+        ({"stay": -0.1}, "stay is -0.1: give a share"),
         ({"evaluate_every": 0}, "evaluate_every is 0: give at least 1"),
         ({"batch": -1}, "batch is -1: give at least 1"),
         ({"threads": 0}, "threads is 0: give at least 1"),
@@ -807,6 +811,54 @@ def test_what_does_not_fit_the_histories_is_named_before_any_step(
 def test_configurations_that_cannot_be_trained_cannot_be_made(changes, expected):
     with pytest.raises(ValueError, match=expected):
         tiny(**changes)
+
+
+def test_a_share_of_the_sequences_shows_the_last_policy_alone(tables):
+    plan = plan_batch(tiny(gap=1, stay=0.4), tables["short"], [0], generator(), 600)
+    alone = (plan.update == UPDATES - 1).all(1).mean()
+    # Of the others, one beginning in eight is the last update by itself.
+    assert abs(alone - (0.4 + 0.6 / (UPDATES + 2))) < 0.05
+    assert not plan.scored[plan.update[:, 0] > 0][:, 0].any()  # no empty context begins there
+
+
+def test_two_tasks_are_trained_on_together_and_each_holds_a_run_out(folders, histories, outputs):
+    tasks = [histories["short"], histories["short"][:2]]
+    trainer = Trainer(TINY, tasks, outputs)
+    assert (trainer.train_runs, trainer.held_out_runs) == ([0, 1, 3], [2, 4])
+    assert set(trainer.fixed[1].run) == {2, 4}
+    agent = train(tiny(steps=2), [folders["short"], folders["short"]], live=False)
+    assert [task["name"] for task in GLA.from_pretrained(agent).about["tasks"]] == ["short"] * 2
+    one = checkpoint_folder(TINY, folders["short"])
+    assert one == checkpoint_folder(TINY, [folders["short"]]) != agent.parent
+    with pytest.raises(ValueError, match="must agree in shape"):
+        train(TINY, [folders["short"], folders["pole"]], live=False)
+
+
+@pytest.mark.parametrize("task", ["short", "swing"])
+def test_exports_train_as_the_updates_they_keep(folders, tmp_path, task):
+    every, steps = 2, 16
+    small = export_histories(folders[task], tmp_path / f"{task}-export", every=every, steps=steps)
+    opened = [open_history(run) for run in run_folders(small)]
+    table = token_table(opened)
+    assert (table.every, table.updates) == (2, UPDATES // 2)
+    assert {array.dtype for array in table.rows.values() if array.is_floating_point()} == {
+        torch.float32
+    }
+    whole = [open_history(run) for run in run_folders(folders[task])]
+    plan = plan_batch(tiny(gap=2), table, [0, 1], generator(), 50)
+    batch = make_batch(tiny(gap=2), table, plan)
+    for sequence, position in np.argwhere(batch.weight.numpy()[:20]):
+        run, update = plan.run[sequence], plan.update[sequence, position] * every
+        rows = slice(update * STEPS, update * STEPS + steps)
+        source = whole[run].distribution[:, rows].reshape(-1, batch.teacher.shape[-1])
+        near = np.abs(source - batch.teacher[sequence, position].numpy()).max(1).min()
+        assert near < 5e-3  # one of the rows of that update, in float16
+    agent = train(tiny(gap=2, steps=2), small, live=False)
+    assert np.isfinite(read_log(agent)[-1]["held_out"])
+    with pytest.raises(ValueError, match="gap 3 is not in these .* use a multiple of 2"):
+        train(tiny(gap=3, steps=2), small, live=False)
+    with pytest.raises(ValueError, match="gap 6 is larger than .* 6 PPO updates"):
+        train(tiny(gap=6, steps=2), small, live=False)
 
 
 def test_the_largest_gap_is_the_last_update(folders):
