@@ -65,7 +65,7 @@ class TrainConfig:
     probability_floor: float = 1e-3  # of the teacher, Discrete: bounds the reverse KL
     log_std_floor: float = -3.0  # of the teacher, Box: late PPO policies must not dominate
     eta: tuple = ()  # conditioning of Equation 1, any of gap, return, position
-    eta_dropout: float = 0.1  # share of sequences in which eta is not given (zeros)
+    eta_dropout: float = 0.1  # share of sequences in which each eta is not given (zero)
     hide_rewards: bool = False  # the control agent that never sees a reward
     normalise: bool = False  # observations and rewards by what the agent has seen so far
     layers: int = 3
@@ -352,9 +352,10 @@ def eta_values(config: TrainConfig, table: TokenTable, plan: Plan, rng) -> torch
         "position": (plan.update + 1) / table.updates,
     }
     eta = np.stack([values[name] for name in config.eta], -1)
-    given = rng.random(len(plan.run)) >= config.eta_dropout
+    # Each by itself: an agent may later be told any of them, and not the others.
+    given = rng.random((len(plan.run), len(config.eta))) >= config.eta_dropout
     device = table.rows["reward"].device
-    return torch.from_numpy(eta * given[:, None, None]).float().to(device)
+    return torch.from_numpy(eta * given[:, None]).float().to(device)
 
 # %% ../nbs/03_train.ipynb #35fef4e4
 def sample_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int, part=slice(None)):
@@ -695,10 +696,16 @@ def read_log(agent_folder) -> list[dict]:
 
 # %% ../nbs/03_train.ipynb #00ef92ad
 def train_all(configs: list[TrainConfig], histories, jobs: int | None = None) -> list[Path]:
-    "Train, or reuse, an agent for each configuration; returns their folders in the same order."
-    folders = [checkpoint_folder(config, histories) for config in configs]
+    """Train, or reuse, an agent for each configuration; returns their folders in the same order.
+
+    A list of `histories` has those of each configuration, as `train` takes them. `ValueError`.
+    """
+    each = histories if isinstance(histories, list) else [histories] * len(configs)
+    if len(each) != len(configs):
+        raise ValueError(f"{len(each)} histories for {len(configs)} configurations: give one each")
+    folders = [checkpoint_folder(*pair) for pair in zip(configs, each, strict=True)]
     jobs = 1 if torch.cuda.is_available() else jobs
-    calls = [delayed(train)(config, histories, False) for config in configs]
+    calls = [delayed(train)(*pair, False) for pair in zip(configs, each, strict=True)]
     return run_parallel(calls, jobs, lambda: training_progress(configs, folders))
 
 
@@ -755,6 +762,7 @@ GRID = Experiment(
     },
 )
 
+# %% ../nbs/03_train.ipynb #38125551
 ANT = Experiment(
     CollectConfig(
         task="ant", runs=4, updates=720, streams=8, steps_per_update=256, batch_size=128,
@@ -777,6 +785,8 @@ ANT = Experiment(
         ),
     },
 )  # fmt: skip
+
+# %% ../nbs/03_train.ipynb #a3b920b7
 ANT_SMOKE = replace(
     ANT,
     collect=replace(ANT.collect, runs=2, updates=4, steps_per_update=64, epochs=2),
@@ -806,6 +816,7 @@ ANT_PAPER = replace(
 )  # fmt: skip
 BOTH_WAYS = ("ant", "ant_backward")  # Ant-v4 is the forward task to the last bit
 
+# %% ../nbs/03_train.ipynb #476f6ea8
 EXPERIMENTS = {
     ("ant", "smoke"): ANT_SMOKE,
     ("ant", "cpu"): ANT,
@@ -831,7 +842,7 @@ EXPERIMENTS = {
     ),
 }  # fmt: skip
 
-
+# %% ../nbs/03_train.ipynb #bddd2616
 def find_experiment(name: str, scale: str = "cpu", seed: int = 0, gap=None) -> Experiment:
     "A row of the table with its seed, and if given its gap, replaced. Raises `ValueError`."
     names, scales = (sorted({key[i] for key in EXPERIMENTS}) for i in range(2))

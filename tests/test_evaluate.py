@@ -1,6 +1,8 @@
 """Meta-testing and its statistics, against replays, brute force and numbers worked out by hand."""
 
 import itertools
+import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -11,12 +13,16 @@ import torch
 from gla_nb.evaluate import (
     ACTION,
     CLAIMS,
+    CONTEXT_FREE,
     ENVIRONMENT,
     SHUFFLE,
     Claim,
     Lifetimes,
+    MetaTest,
+    bin_curve,
     bins_table,
     bootstrap_interval,
+    change,
     claims_table,
     curve,
     differences,
@@ -24,15 +30,23 @@ from gla_nb.evaluate import (
     final_return,
     first_episode,
     gain,
+    has_box_actions,
     holm,
     interactions_to,
+    level,
     load_lifetimes,
+    matched_scale,
     meta_test,
+    meta_test_folder,
     paired_test,
+    plot_bins,
     plot_returns,
     ppo_lifetimes,
     read_table,
     returns_at,
+    run_meta_test,
+    run_meta_tests,
+    runs_right,
     save_lifetimes,
     saved_meta_test,
     summary,
@@ -43,7 +57,7 @@ from gla_nb.evaluate import (
 )
 from gla_nb.histories import HistoryWriter, episode_returns
 from gla_nb.projections import TokenLayout
-from gla_nb.stages import seed_number, seed_sequence, stage_folder
+from gla_nb.stages import plain, seed_number, seed_sequence, stage_folder
 from gla_nb.transformer import GLA, GLAConfig
 
 LENGTHS = (2, 9)  # of an episode of the environment below, drawn anew at each reset
@@ -268,6 +282,173 @@ def test_random_agent_is_uniform_in_both_spaces():
         meta_test("ppo", "grid", [0], 10)
 
 
+def noise_replay(seed, steps, strength):
+    "True rewards and actions of noise with `strength` (T,), in plain Python."
+    env = gym.make(TASKS[BOX]).unwrapped
+    generator = np.random.default_rng(seed_sequence("figure", seed, ACTION))
+    env.reset(seed=seed_number("figure", seed, ENVIRONMENT))
+    rewards, actions = [], []
+    for step in range(steps):
+        z = generator.standard_normal(2, dtype=np.float32)
+        action = strength[step] * z / np.sqrt((z[0] ** 2 + z[1] ** 2) / 2)
+        actions.append(np.clip(action, -1, 1))
+        _, reward, terminated, truncated, _ = env.step(actions[-1] / 2)
+        rewards.append(reward)
+        if terminated or truncated:
+            env.reset()
+    return np.array(rewards), np.array(actions)
+
+
+def test_zero_is_zero_in_each_step_and_has_the_environment_of_its_seed():
+    lifetimes = meta_test("zero", TASKS[BOX], [3, 4], 60)
+    assert (lifetimes.agent, lifetimes.gap) == ("zero", "")
+    assert not lifetimes.action_rms.any() and lifetimes.action_rms.shape == (2, 60)
+    for row, seed in enumerate([3, 4]):
+        expected, _ = noise_replay(seed, 60, np.zeros(60))
+        np.testing.assert_allclose(lifetimes.reward[row], expected, atol=1e-6)
+
+
+def test_matched_noise_has_the_strength_asked_for_at_every_step_of_every_lifetime():
+    seeds, steps = [3, 5, 9], 300  # more than one block of noise
+    wanted = np.random.default_rng(0).uniform(0, 0.7, (3, steps + 10)).astype(np.float32)
+    wanted[1, 7] = 0.0
+    # With two actions at most sqrt(2) * 0.7 < 1: nothing is clipped.
+    noise = meta_test("magnitude_matched", TASKS[BOX], seeds, steps, action_rms=wanted)
+    assert (noise.agent, noise.gap) == ("magnitude_matched", "")
+    np.testing.assert_allclose(noise.action_rms, wanted[:, :steps], rtol=1e-5)
+    assert len(np.unique(noise.reward[:, 0])) == 3
+    for row, seed in enumerate(seeds):
+        expected, actions = noise_replay(seed, steps, wanted[row])
+        np.testing.assert_allclose(noise.reward[row], expected, atol=1e-5)
+        directions = np.arctan2(*actions[wanted[row, :steps] > 0].T)
+        assert len(np.unique(directions)) > 290  # new noise in each step
+    one = meta_test("magnitude_matched", TASKS[BOX], [9], steps, action_rms=wanted[2:])
+    np.testing.assert_array_equal(one.reward[0], noise.reward[2])
+
+
+def test_matched_noise_is_paired_with_the_agent_and_as_strong_where_it_is_clipped():
+    seeds = [0, 1]
+    agent = meta_test(Adder(BOX), TASKS[BOX], seeds, 80)
+    noise = meta_test("magnitude_matched", TASKS[BOX], seeds, 80, action_rms=agent.action_rms)
+    np.testing.assert_array_equal(noise.seeds, agent.seeds)
+    np.testing.assert_array_equal(noise.done, agent.done)  # the same draws of the environment
+    assert agent.action_rms.max() > np.sqrt(0.5)  # more than one component at the bound can have
+    np.testing.assert_allclose(noise.action_rms, agent.action_rms, rtol=1e-4)
+
+
+def test_the_strength_of_clipped_noise_is_exact_in_any_number_of_dimensions():
+    rng = np.random.default_rng(0)
+    for dimensions in (1, 2, 8):
+        noise, rms = rng.standard_normal((500, dimensions)), rng.uniform(0, 1, 500)
+        rms[:2] = 0, 1
+        actions = np.clip(noise * matched_scale(noise, rms)[:, None], -1, 1)
+        np.testing.assert_allclose(np.sqrt((actions**2).mean(1)), rms, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("agent", "arguments", "message"),
+    [
+        ("zero", {"task": TASKS[DISCRETE]}, r"'zero' needs Box actions.*Discrete\(4\)"),
+        (
+            "magnitude_matched",
+            {"task": TASKS[DISCRETE], "action_rms": np.ones((2, 10))},
+            r"'magnitude_matched' needs Box actions.*Discrete\(4\)",
+        ),
+        ("magnitude_matched", {}, "'magnitude_matched' and action_rms missing"),
+        ("zero", {"action_rms": np.ones((2, 10))}, "'zero' and action_rms given"),
+        ("magnitude_matched", {"action_rms": np.ones((2, 9))}, r"shape \(2, 9\)"),
+        ("magnitude_matched", {"action_rms": np.ones((3, 10))}, r"shape \(3, 10\)"),
+        ("magnitude_matched", {"action_rms": np.ones(10)}, r"shape \(10,\)"),
+        ("magnitude_matched", {"action_rms": np.full((2, 10), np.nan)}, "finite"),
+        ("magnitude_matched", {"action_rms": -np.ones((2, 10))}, "from 0"),
+        ("noise", {}, "unknown agent 'noise'.*random, zero, magnitude_matched"),
+    ],
+)
+def test_baselines_that_cannot_run_are_named(agent, arguments, message):
+    base = {"task": TASKS[BOX], "seeds": [0, 1], "interactions": 10}
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        meta_test(agent, **(base | arguments))
+
+
+def test_an_agent_refuses_a_strength_for_its_actions():
+    with pytest.raises(ValueError, match="'Adder' and action_rms given"):
+        meta_test(Adder(BOX), TASKS[BOX], [0], 10, action_rms=np.ones((1, 10)))
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    "The folder of an agent for the box environment, with an eta, that claims gap 8."
+    monkeypatch.setenv("GLA_NB_OUTPUTS", str(tmp_path / "outputs"))
+    layout = TokenLayout(3, 2, False, eta=("gap", "position"))
+    agent = GLA(GLAConfig(layout=layout, layers=1, width=16, heads=2, window=16))
+    agent.save_pretrained(tmp_path / "agent", about={"gap": 8})
+    return str(tmp_path / "agent")
+
+
+def test_a_matched_curve_has_the_actions_gap_and_seeds_of_its_agent(trained):
+    config = MetaTest(TASKS[BOX], trained, lifetimes=3, interactions=40, seed=2)
+    noise = run_meta_test(replace(config, matched=True))
+    agent = run_meta_test(config)
+    assert (noise.agent, noise.gap, agent.gap) == ("magnitude_matched", 8, 8)
+    assert noise.seeds.tolist() == agent.seeds.tolist() == [6, 7, 8]
+    again = meta_test("magnitude_matched", TASKS[BOX], [6, 7, 8], 40, action_rms=agent.action_rms)
+    np.testing.assert_array_equal(noise.reward, again.reward)
+    # Made from the curve that is kept, and kept itself, under a name that knows the weights.
+    folders = {meta_test_folder(c) for c in (config, replace(config, matched=True))}
+    assert len(folders) == 2 and all((f / "lifetimes.npz").exists() for f in folders)
+    kept = load_lifetimes(meta_test_folder(replace(config, matched=True)) / "lifetimes.npz")
+    np.testing.assert_array_equal(kept.action_rms, noise.action_rms)
+    np.testing.assert_array_equal(kept.forward_reward, noise.forward_reward)
+    GLA(GLAConfig(layout=BOX, layers=1, width=16, heads=2, window=16)).save_pretrained(trained)
+    assert meta_test_folder(replace(config, matched=True)) not in folders
+
+
+def test_a_matched_curve_keeps_the_switches_of_its_agent_and_a_name_of_its_own(trained):
+    config = MetaTest(TASKS[BOX], trained, lifetimes=2, interactions=40, untrained=True)
+    noise = run_meta_test(replace(config, matched=True))
+    untrained = run_meta_test(config)
+    assert (untrained.agent, noise.agent) == ("untrained", "magnitude_matched")
+    again = meta_test("magnitude_matched", TASKS[BOX], [0, 1], 40, action_rms=untrained.action_rms)
+    np.testing.assert_array_equal(noise.reward, again.reward)
+    named = run_meta_test(replace(config, matched=True, name="trembling"))
+    assert (named.agent, named.gap) == ("trembling", 8)
+
+
+def test_conditioning_of_a_curve_reaches_the_agent(trained):
+    config = MetaTest(TASKS[BOX], trained, lifetimes=2, interactions=30)
+    conditioned = replace(config, eta=(("position", 20), ("gap", 8)))
+    assert meta_test_folder(conditioned) != meta_test_folder(config)
+    expected = meta_test(
+        GLA.from_pretrained(trained), TASKS[BOX], [0, 1], 30, eta={"gap": 8, "position": 20}
+    )
+    found = run_meta_test(conditioned)
+    np.testing.assert_allclose(found.reward, expected.reward, atol=1e-5)
+    assert not np.allclose(found.reward, run_meta_test(config).reward, atol=1e-5)
+    assert (
+        MetaTest(**plain(conditioned))
+        == conditioned
+        == replace(config, eta={"gap": 8, "position": 20})
+    )
+    with pytest.raises(ValueError, match="'age'.*not among"):
+        run_meta_test(replace(config, eta=(("age", 1),)))
+
+
+def test_curves_of_words_need_no_agent(trained, monkeypatch):
+    config = MetaTest(TASKS[BOX], "zero", lifetimes=2, interactions=20)
+    zero, random = run_meta_tests([config, replace(config, agent="random")], jobs=1)
+    assert (zero.agent, random.agent) == ("zero", "random") and not zero.action_rms.any()
+    for wrong, message in (
+        ({"agent": "magnitude_matched"}, "matched=True"),
+        ({"matched": True, "feedback": "yoked"}, "feedback='yoked'"),
+        ({"eta": 3}, "eta=3"),
+        ({"eta": ("gap", 4)}, r"eta=\('gap', 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(config, **wrong)
+    assert has_box_actions(TASKS[BOX]) and not has_box_actions(TASKS[DISCRETE])
+    assert set(CONTEXT_FREE) == {"random", "zero", "magnitude_matched"}
+
+
 def test_the_transformer_acts_by_the_same_distributions_as_on_the_whole_sequence():
     agent = GLA(GLAConfig(layout=DISCRETE, layers=2, width=32, heads=2, window=16)).eval()
     read, step = [], agent.step
@@ -437,6 +618,10 @@ def test_curve_is_the_mean_over_lifetimes_with_its_interval():
     table = curve(lifetimes_of(np.repeat(returns / 10, 10, axis=1), ends), points=40)
     assert table["low"][39] < table["mean"][39] < table["high"][39]
     assert table["mean"][39] == pytest.approx(returns[32:, 0].mean(), abs=1e-5)
+    ends[:, -1] = False  # nobody finished: no value, and no warning of numpy's
+    with warnings.catch_warnings(action="error"):
+        table = curve(lifetimes_of(np.repeat(returns / 10, 10, axis=1), ends), points=40)
+    assert table[["mean", "low", "high"]].isna().all(axis=1).tolist() == [False] * 30 + [True] * 10
 
 
 def test_sign_flips_agree_with_enumeration():
@@ -555,14 +740,166 @@ def test_claims_by_hand():
 def test_a_claim_holds_only_at_its_level_and_in_its_direction():
     episodes, bins = figure_tables()
     p = 2 * 2 / 2**12  # the smallest that twelve lifetimes and two tasks can give
-    for level, direction, holds in (
+    for largest, direction, holds in (
         (1.1 * p, "greater", True),
         (0.9 * p, "greater", False),
         (1.1 * p, "less", False),
         (1.0, "greater", True),
     ):
-        claim = Claim("learns", "gain", gap=8, level=level, direction=direction)
+        claim = Claim("learns", "gain", gap=8, level=largest, direction=direction)
         assert claims_table("figure", [claim], episodes, bins)["holds"].tolist() == [holds] * 2
+
+
+def measured_bins(task, agent, forward, gap="", rms=None, seeds=range(4)):
+    "The table of a curve whose forward reward in each of 32 bins of 2 steps is `forward` (L, 32)."
+    forward = np.broadcast_to(forward, (len(seeds), 32)).repeat(2, axis=1)
+    ends = np.zeros(forward.shape, bool)
+    ends[:, -1] = True
+    rms = None if rms is None else np.broadcast_to(rms, (len(seeds), 32)).repeat(2, axis=1)
+    lifetimes = Lifetimes(
+        *(task, agent, gap, list(seeds), forward + 1, ends & False, ends),
+        forward_reward=forward,
+        action_rms=rms,
+    )
+    return episodes_table(lifetimes), bins_table(lifetimes)
+
+
+def tables_of(*curves):
+    return [pd.concat(kind, ignore_index=True) for kind in zip(*curves, strict=True)]
+
+
+RAMP = np.arange(32) + np.array([[0.0], [10], [20], [40]])  # forward reward by bin, four lifetimes
+
+
+def test_level_and_change_by_hand():
+    own, other = measured_bins("ant", "gla", RAMP, 8), measured_bins("ant", "ppo", 2 * RAMP[::-1])
+    episodes, bins = tables_of(own, other)
+    np.testing.assert_allclose(level(own[1], "forward_reward", 4, 7), [5, 15, 25, 45])
+    np.testing.assert_allclose(level(own[1], "reward", 31, 32), [32, 42, 52, 72])
+    np.testing.assert_allclose(change(own[1], "forward_reward", (0, 2, 10, 14)), [11] * 4)
+    claims = [
+        Claim("level", "level", gap=8, column="forward_reward", bins=(4, 7)),
+        Claim("fell", "change", gap=8, column="forward_reward", bins=(10, 14, 0, 2)),
+        Claim("gain", "gain", gap=8, column="forward_reward"),
+        Claim("more", "level", gap=8, against="ppo", column="forward_reward", bins=(0, 1)),
+    ]
+    table = claims_table("figure4", claims, episodes, bins)
+    # The level of ppo in bin 0 is 2 * (40, 20, 10, 0) against (0, 10, 20, 40).
+    assert table["effect"].tolist() == [22.5, -11, 24, 17.5 - 35]
+    assert (table["low"][1], table["high"][1], table["seeds"][1]) == (-11, -11, 4)
+
+
+def test_the_share_that_runs_right_by_hand():
+    late = np.tile(np.arange(32) >= 24, (4, 1)).astype(float)
+    # Only the last quarter counts, and there the mean: 8 - 7 * 1.1, 8 * 0, and -1.
+    forward = np.stack([late[0] * 0.1, -1 + 0 * late[1], 5 - 5 * late[2], 9 - 10 * late[3]])
+    forward[0, 31] = -0.6
+    own = measured_bins("ant_forward", "gla", forward, 8)
+    assert runs_right(own[1]).tolist() == [1.0, 0.0, 0.0, 0.0]
+    claim = Claim("runs right", "runs_right", gap=8, against=0.5)
+    row = claims_table("figure4", [claim], *own).iloc[0]
+    assert (row["effect"], row["against"], row["holds"]) == (-0.25, "0.5", False)
+
+
+def test_a_pooled_claim_is_one_row_with_the_mean_over_tasks_of_each_seed():
+    seeds = range(8)
+    right = np.array([1, 1, 1, 1, 1, 1, 1, -1.0])[:, None]
+    left = np.array([-1, 1, 1, 1, 1, 1, 1, 1.0])[:, None]
+    curves = [
+        measured_bins("ant_forward", "gla", right, 8, seeds=seeds),
+        measured_bins("ant_backward", "gla", left[::-1], 8, seeds=seeds[::-1]),
+        measured_bins("ant_forward", "random", 0, seeds=seeds),
+        measured_bins("ant_backward", "random", -1, seeds=seeds),
+        measured_bins("grid", "gla", -right, 8, seeds=seeds),
+    ]
+    tasks, tables = ("ant_forward", "ant_backward"), tables_of(*curves)
+    common = {"gap": 8, "tasks": tasks, "pooled": True}
+    claims = [
+        Claim("runs right", "runs_right", against=0.5, **common),
+        Claim("more than random", "level", against="random", bins=(0, 32), **common),
+    ]
+    table = claims_table("figure4", claims, *tables)
+    assert table["task"].tolist() == ["ant_forward+ant_backward"] * 2
+    # Shares 0.5 of seeds 0 and 7, 1 of the six others. Against random 1 and 0, 1 and 2, -1 and 2.
+    assert table["effect"].tolist() == pytest.approx([6 * 0.5 / 8, (0.5 + 6 * 1.5 + 0.5) / 8])
+    assert table["seeds"].tolist() == [8, 8] and table["holds"].all()
+    assert table["p"].tolist() == pytest.approx([2 / 2**6, 2 / 2**8])
+    apart = claims_table("figure4", [replace(claims[0], pooled=False)], *tables)
+    assert apart["task"].tolist() == list(tasks) and apart["effect"].tolist() == [0.375, 0.375]
+    everywhere = claims_table("figure4", [replace(claims[0], tasks=())], *tables)
+    assert everywhere["task"].tolist() == ["ant_forward+ant_backward+grid"]
+    fewer = tables[1][(tables[1]["task"] != "ant_backward") | (tables[1]["seed"] > 2)]
+    with pytest.raises(ValueError, match=r"pooled by seed.*\[0, 1, 2\]"):
+        claims_table("figure4", claims[:1], tables[0], fewer)
+
+
+@pytest.mark.parametrize(
+    ("forward", "direction", "holds"),
+    [
+        ([1.0, 1, 2, 2, 1, 2, 1, 2], "not_greater", False),  # the interval lies above 0
+        ([1.0, -1, 2, -2, 1, -2, 1, 2], "not_greater", True),
+        ([-1.0, -1, -2, -2, -1, -2, -1, -2], "not_greater", True),
+        ([1.0, 1, 2, 2, 1, 2, 1, 2], "no_difference", False),
+        ([-1.0, -1, -2, -2, -1, -2, -1, -2], "no_difference", False),
+        ([1.0, -1, 2, -2, 1, -2, 1, 2], "no_difference", True),
+    ],
+)
+def test_claims_that_expect_nothing(forward, direction, holds):
+    own = measured_bins("ant", "gla", np.array(forward)[:, None], seeds=range(8))
+    claim = Claim("x", "level", column="forward_reward", bins=(0, 32), direction=direction)
+    row = claims_table("figure4", [claim], *own).iloc[0]
+    assert row["holds"] == holds and (row["low"] > 0) == (min(forward) > 0)
+    # The level is that of the test: at one above p, the test has found the difference.
+    if direction == "no_difference" and holds:
+        assert not claims_table("f", [replace(claim, level=row["p"] + 0.01)], *own)["holds"][0]
+
+
+def test_a_column_that_nobody_measured_is_an_error_of_the_claim():
+    ends = np.tile(np.arange(4) == 3, (4, 16))
+    blind = lifetimes_of(np.ones((4, 64)), ends, "ppo", "")
+    blind = episodes_table(blind), bins_table(blind).assign(task="ant")
+    tables = tables_of(measured_bins("ant", "gla", RAMP, 8), blind)
+    for effect, more in (
+        ("gain", {"column": "forward_reward"}),
+        ("level", {"column": "forward_reward", "bins": (0, 4)}),
+        ("change", {"column": "forward_reward", "bins": (0, 4, 4, 8)}),
+        ("runs_right", {}),
+    ):
+        with pytest.raises(ValueError, match=r"needs forward_reward of .'ant', 'ppo', ''"):
+            claims_table("f", [Claim("x", effect, agent="ppo", **more)], *tables)
+        with pytest.raises(ValueError, match=r"needs forward_reward of .'ant', 'ppo', ''"):
+            claims_table("f", [Claim("x", effect, gap=8, against="ppo", **more)], *tables)
+        assert len(claims_table("f", [Claim("x", effect, gap=8, **more)], *tables)) == 1
+    # One bin of one lifetime is enough, if the claim looks at it.
+    hole = tables[1].copy()
+    hole.loc[(hole["seed"] == 2) & (hole["bin"] == 3), "forward_reward"] = np.nan
+    claim = Claim("x", "level", gap=8, column="forward_reward", bins=(0, 4))
+    with pytest.raises(ValueError, match=r"not measured in lifetimes \[2\]"):
+        claims_table("f", [claim], tables[0], hole)
+    assert len(claims_table("f", [replace(claim, bins=(4, 9))], tables[0], hole)) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"column": "speed"}, "unknown column 'speed'.*action_rms"),
+        ({"effect": "first_episode", "column": "action_rms"}, "'action_rms' with first_episode"),
+        ({"effect": "level"}, r"bins=\(\) with level"),
+        ({"effect": "level", "bins": (0, 8, 8, 9)}, r"\(0, 8, 8, 9\) with level"),
+        ({"effect": "level", "bins": (8, 8)}, r"\(8, 8\)"),
+        ({"effect": "level", "bins": (-1, 8)}, r"\(-1, 8\)"),
+        ({"effect": "level", "bins": (0, 33)}, r"\(0, 33\)"),
+        ({"effect": "level", "bins": (0.5, 3)}, r"\(0.5, 3\)"),
+        ({"effect": "change", "bins": (0, 8)}, r"\(0, 8\) with change"),
+        ({"effect": "change", "bins": (0, 8, 9)}, r"\(0, 8, 9\) with change"),
+        ({"effect": "change", "bins": (0, 8, 9, 9)}, r"\(0, 8, 9, 9\)"),
+        ({"bins": (0, 8)}, r"\(0, 8\) with gain"),
+        ({"direction": "equal"}, "'equal'.*greater, less, not_greater, no_difference"),
+    ],
+)
+def test_claims_name_a_column_range_or_direction_that_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Claim(**({"claim": "x", "effect": "gain"} | wrong))
 
 
 def test_lifetimes_are_paired_by_seed_and_not_by_place():
@@ -608,14 +945,18 @@ def test_lifetimes_and_their_tables_survive_the_disk(tmp_path, gap):
     lifetimes = lifetimes_of(
         lifetimes.reward, lifetimes.done, gap=gap, seeds=[5, 3], action_rms=rms, streams=2
     )
-    again = load_lifetimes(save_lifetimes(lifetimes, tmp_path / "lifetimes.npz"))
-    assert (again.gap, again.streams, again.forward_reward) == (gap, 2, None)
-    for name in ("seeds", "reward", "terminated", "truncated", "action_rms"):
+    path = tmp_path / "lifetimes.npz"
+    assert load_lifetimes(save_lifetimes(lifetimes, path)).forward_reward is None
+    lifetimes = replace(lifetimes, forward_reward=(rms - 0.5).tolist())
+    again = load_lifetimes(save_lifetimes(lifetimes, path))
+    assert (again.gap, again.streams, again.forward_reward.dtype) == (gap, 2, np.float32)
+    for name in ("seeds", "reward", "terminated", "truncated", "action_rms", "forward_reward"):
         np.testing.assert_array_equal(getattr(again, name), getattr(lifetimes, name))
     for make in (episodes_table, bins_table):
         table = make(lifetimes)
         read = read_table(write_table(tmp_path / "table.csv", table))
         pd.testing.assert_frame_equal(read, table, check_dtype=False, check_exact=True)
+    np.testing.assert_allclose(table["forward_reward"], table["action_rms"] - 0.5, atol=1e-6)
 
 
 def test_files_that_are_none_are_named(tmp_path):
@@ -691,6 +1032,63 @@ def test_ppo_runs_are_lifetimes_whose_streams_take_turns(tmp_path):
     np.testing.assert_allclose(np.sort(table["return"]), np.sort(known.returns), atol=1e-6)
     np.testing.assert_array_equal(np.sort(table["length"]), np.sort(known.lengths))
     assert ppo_lifetimes(folders, interactions=30).interactions == 30
+
+
+@pytest.mark.parametrize("reported", [(True, True), (True, False), (False, False)])
+def test_ppo_runs_bring_their_forward_reward_where_all_have_it(tmp_path, reported):
+    rng, env = np.random.default_rng(0), Restless(box=True)
+    for run, forward in enumerate(reported):
+        plan = {"observation_space": env.observation_space, "action_space": env.action_space}
+        plan |= {"streams": 2, "updates": 1, "steps_per_update": 20, "seed": run}
+        with HistoryWriter(
+            tmp_path / f"{run}", task=TASKS[BOX], forward_reward=forward, **plan
+        ) as writer:
+            action, reward = rng.uniform(-0.5, 0.5, (2, 20, 2)), rng.normal(size=(2, 20))
+            rows = {"observation": rng.normal(size=(2, 20, 3)), "reward": reward}
+            rows |= {"action": action, "executed_action": action}
+            rows |= {"distribution": np.concatenate([action, action], -1)}
+            rows |= {name: np.zeros((2, 20), bool) for name in ("terminated", "truncated")}
+            rows |= {"final_observation": np.zeros((2, 20, 3))}
+            writer.append(rows | ({"forward_reward": 3 * reward} if forward else {}))
+    lifetimes = ppo_lifetimes([tmp_path / "0", tmp_path / "1"])
+    if not all(reported):
+        assert lifetimes.forward_reward is None
+        return
+    np.testing.assert_allclose(lifetimes.forward_reward, 3 * lifetimes.reward, rtol=1e-6)
+    np.testing.assert_allclose(lifetimes.reward[1], reward.T.ravel(), rtol=1e-6)
+    rms = np.sqrt((action**2).mean(-1)).T.ravel()
+    np.testing.assert_allclose(lifetimes.action_rms[1], rms, rtol=1e-6)
+
+
+def test_bins_are_drawn_at_their_middle_with_the_interval_of_their_mean():
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rng = np.random.default_rng(0)
+    values = rng.normal(3, 2, (50, 1)) * np.arange(96)
+    ends = np.tile(np.arange(96) == 95, (50, 1))
+    lifetimes = lifetimes_of(values / 9, ends, action_rms=values)
+    table = bin_curve(lifetimes, "action_rms")
+    assert table["interactions"].tolist() == (np.arange(32) * 3 + 1.5).tolist()
+    np.testing.assert_allclose(table["mean"], values.mean(0)[1::3], rtol=1e-5)
+    width = 2 * 1.96 * values.std(0)[1::3] / np.sqrt(50)
+    np.testing.assert_allclose(table["high"] - table["low"], width, rtol=0.1)
+    assert ((table["low"] <= table["mean"]) & (table["mean"] <= table["high"])).all()
+    figure, ax = plt.subplots()
+    assert plot_bins(ax, {"gap 4": lifetimes, "half": lifetimes}, "action_rms") is ax
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), table["mean"])
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), table["interactions"])
+    assert ax.get_legend_handles_labels()[1] == ["gap 4 (50)", "half (50)"]
+    colors = [line.get_color() for line in ax.lines]
+    returns = plot_returns(plt.figure().gca(), {"gap 4": lifetimes, "half": lifetimes})
+    assert colors == [line.get_color() for line in returns.lines]
+    plt.close("all")
+    with pytest.raises(ValueError, match="forward_reward of gla in grid was not measured"):
+        bin_curve(lifetimes, "forward_reward")
+    with pytest.raises(ValueError, match="unknown column 'speed'"):
+        plot_bins(ax, {"gap 4": lifetimes}, "speed")
 
 
 def test_a_picture_says_how_many_lifetimes():

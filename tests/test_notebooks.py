@@ -224,7 +224,7 @@ def check_claims(folder, scale, seed=0):
     "claims.csv follows from the two other tables, as they are on the disk."
     episodes, bins = (read_table(folder / f"figure3_grid_{k}.csv") for k in ("episodes", "bins"))
     row = find_experiment("grid", scale, seed)
-    expected = claims_table("figure3_grid", figure_claims(row, episodes), episodes, bins)
+    expected = claims_table("figure3_grid", figure_claims(row, episodes, bins), episodes, bins)
     found = read_table(folder / "claims.csv")
     found = found[found["figure"] == "figure3_grid"].reset_index(drop=True)
     # Sums may differ in the last bits between processors, and so in the sixth digit.

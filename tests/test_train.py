@@ -364,13 +364,16 @@ def test_eta_is_that_of_the_policy_that_acted(histories):
 
 
 @pytest.mark.parametrize(("dropout", "low", "high"), [(0.0, 0, 0), (0.3, 0.2, 0.4), (1.0, 1, 1)])
-def test_eta_is_dropped_for_whole_sequences(histories, dropout, low, high):
+def test_each_eta_is_dropped_for_whole_sequences(histories, dropout, low, high):
     config = tiny(eta=("gap", "position"), eta_dropout=dropout)
     table = token_table(histories["short"], config.eta)
     plan = plan_batch(config, table, [0], generator(), 300)
-    given = (eta_values(config, table, plan, generator()) != 0).all(-1)  # (B, T)
+    given = eta_values(config, table, plan, generator()) != 0  # (B, T, 2)
     assert torch.equal(given.all(1), given.any(1))
-    assert low <= (~given[:, 0]).double().mean() <= high
+    for each in range(2):
+        assert low <= (~given[:, 0, each]).double().mean() <= high
+    together = (given[:, 0, 0] & given[:, 0, 1]).double().mean()
+    assert abs(together - (1 - dropout) ** 2) < 0.1  # each by itself, so one is often alone
     assert eta_values(TINY, table, plan, generator()) is None
 
 
@@ -535,6 +538,10 @@ def test_all_at_once_gives_the_same_agents_as_one_by_one(folders, trained):
     assert same(together[1], trained["short"]) == (True, True, True)
     assert same(together[0], together[1]) == (False, False, False)
     assert [GLA.from_pretrained(agent).about["gap"] for agent in together] == ["max", 2]
+    short, swing = train_all([TINY, TINY], [folders["short"], [folders["swing"]]], jobs=1)
+    assert same(short, trained["short"]) == same(swing, trained["swing"]) == (True, True, True)
+    with pytest.raises(ValueError, match="2 histories for 1 configurations"):
+        train_all([TINY], [folders["short"], folders["swing"]])
 
 
 @pytest.mark.parametrize("task", ["swing", "short"])
