@@ -312,9 +312,11 @@ def short(number: float) -> str:
 def readable(claims: pd.DataFrame) -> pd.DataFrame:
     "The rows of claims.csv for people: effect with its interval, p and whether the claim holds."
     interval = claims[["low", "high"]].itertuples(index=False)
+    several = claims["task"].nunique() > 1
     return pd.DataFrame(
         {
             "claim": claims["claim"],
+            **({"task": claims["task"]} if several else {}),
             "seeds": claims["seeds"],
             "effect": claims["effect"].map(short),
             "95 % interval": [f"[{short(low)}, {short(high)}]" for low, high in interval],

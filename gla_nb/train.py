@@ -11,7 +11,7 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'save_checkpoint',
            'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card',
            'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
-           'training_progress', 'Experiment', 'find_experiment', 'running_scale']
+           'training_progress', 'Experiment', 'conditioned', 'find_experiment', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import json
@@ -816,11 +816,20 @@ ANT_PAPER = replace(
 )  # fmt: skip
 BOTH_WAYS = ("ant", "ant_backward")  # Ant-v4 is the forward task to the last bit
 
+
+def conditioned(row: Experiment, gaps: tuple) -> Experiment:
+    "The same with an agent that is told gap, return and position, each in half of the sequences."
+    train = replace(row.train, eta=("gap", "return", "position"), gaps=gaps, eta_dropout=0.5)
+    return replace(row, train=train, gaps=(row.train.gap,))
+
 # %% ../nbs/03_train.ipynb #476f6ea8
 EXPERIMENTS = {
     ("ant", "smoke"): ANT_SMOKE,
     ("ant", "cpu"): ANT,
     ("ant", "paper"): ANT_PAPER,
+    ("ant_told", "smoke"): conditioned(ANT_SMOKE, (1, 2, 3)),
+    ("ant_told", "cpu"): conditioned(ANT, (16, 64, 256)),
+    ("ant_told", "paper"): conditioned(ANT_PAPER, (16, 64, 256)),
     ("ant_dir", "smoke"): replace(ANT_SMOKE, tasks=BOTH_WAYS),
     ("ant_dir", "cpu"): replace(ANT, tasks=BOTH_WAYS),
     ("ant_dir", "paper"): replace(ANT_PAPER, tasks=BOTH_WAYS),
