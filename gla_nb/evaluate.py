@@ -1122,19 +1122,21 @@ def meta_test_folder(config: MetaTest) -> Path:
     "The stage folder of one curve, named by its configuration and the agent's weights."
     agent = config.agent if config.agent in CONTEXT_FREE else weights_hash(config.agent)
     name = config.task.replace("/", "-").replace(":", "-")
-    return stage_folder("meta_tests", name, plain(config) | {"agent": agent})
+    values = {k: v for k, v in plain(config).items() if k != "name"}  # which changes nothing
+    return stage_folder("meta_tests", name, values | {"agent": agent})
 
 
 def run_meta_test(config: MetaTest) -> Lifetimes:
     "The lifetimes of one curve: loaded when they are there, made and saved otherwise."
-    return saved_meta_test(meta_test_folder(config), lambda: make_lifetimes(config))
+    lifetimes = saved_meta_test(meta_test_folder(config), lambda: make_lifetimes(config))
+    return replace(lifetimes, agent=config.name) if config.name else lifetimes
 
 
 def make_lifetimes(config: MetaTest) -> Lifetimes:
     "Run the meta-test of one curve, on one thread: another number changes the last bits."
     given, name = {}, "untrained" if config.untrained and not config.matched else None
     if config.feedback == "yoked" or config.matched:  # to the same agent with its true rewards
-        source = run_meta_test(replace(config, feedback="true", matched=False, name=""))
+        source = run_meta_test(replace(config, feedback="true", matched=False))
         given = {"action_rms": source.action_rms} if config.matched else {"yoke": yoke_to(source)}
     seeds = config.seed * config.lifetimes + np.arange(config.lifetimes)
     with cpu_threads(1):
@@ -1146,7 +1148,7 @@ def make_lifetimes(config: MetaTest) -> Lifetimes:
             feedback=config.feedback,
             memory=config.memory,
             eta=dict(config.eta),
-            name=config.name or name,
+            name=name,
             **given,
         )
     return replace(lifetimes, gap=source.gap) if config.matched else lifetimes

@@ -7,11 +7,12 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'EXPERIMENTS', 'TrainConfig', 'check_gap', 'check_train_config', 'TokenTable', 'history_tokens',
            'smooth_returns', 'token_table', 'flat_rows', 'Plan', 'draw_gaps', 'chain_updates', 'check_segments',
            'place_segments', 'plan_batch', 'Batch', 'make_batch', 'eta_values', 'sample_batch', 'floor_teacher',
-           'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16',
-           'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card',
-           'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
-           'training_progress', 'Experiment', 'conditioned', 'find_experiment', 'running_scale']
+           'blurred', 'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate',
+           'use_bfloat16', 'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss',
+           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder',
+           'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure',
+           'read_log', 'train_all', 'training_progress', 'Experiment', 'conditioned', 'find_experiment',
+           'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import json
@@ -63,7 +64,7 @@ class TrainConfig:
     stay: float = 0.0  # share of the sequences that show a run's last policy from their first token
     objective: str = "both"  # both (the paper), forward, reverse: KL; nll: of the sampled action
     probability_floor: float = 1e-3  # of the teacher, Discrete: bounds the reverse KL
-    log_std_floor: float = -3.0  # of the teacher, Box: late PPO policies must not dominate
+    blur: float = 0.05  # Box: standard deviation of noise on both policies when they are compared
     eta: tuple = ()  # conditioning of Equation 1, any of gap, return, position
     eta_dropout: float = 0.1  # share of sequences in which each eta is not given (zero)
     hide_rewards: bool = False  # the control agent that never sees a reward
@@ -368,20 +369,27 @@ def sample_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int, 
     return make_batch(config, table, plan, eta), plan
 
 # %% ../nbs/03_train.ipynb #2f96597a
-def floor_teacher(config: TrainConfig, teacher: torch.Tensor, discrete: bool) -> torch.Tensor:
-    "Keep late, almost deterministic teachers from dominating; same shape as `teacher`."
-    if discrete:
-        floor = config.probability_floor
-        return torch.log(teacher.exp() * (1 - floor * teacher.shape[-1]) + floor)
-    mean, log_std = teacher.chunk(2, -1)
-    return torch.cat([mean, log_std.clamp(min=config.log_std_floor)], -1)
+def floor_teacher(config: TrainConfig, teacher: torch.Tensor) -> torch.Tensor:
+    "Log-probabilities `(..., n)` none of which is below that of `probability_floor`."
+    floor = config.probability_floor
+    return torch.log(teacher.exp() * (1 - floor * teacher.shape[-1]) + floor)
+
+
+def blurred(params: torch.Tensor, blur: float) -> torch.Tensor:
+    "Parameters `(..., 2 d_a)` of the Gaussian plus independent noise of standard deviation `blur`."
+    mean, log_std = params.chunk(2, -1)
+    return torch.cat([mean, 0.5 * torch.log(torch.exp(2 * log_std) + blur**2)], -1)
 
 
 def divergences(config: TrainConfig, discrete: bool, agent, teacher, action) -> dict:
     "The terms of the objective by name, at each token: parameters `(..., P)` -> `(...)`, in nats."
     if config.objective == "nll":
         return {"nll": -log_probability(agent, action, discrete)}
-    teacher, terms = floor_teacher(config, teacher, discrete), {}
+    if discrete:
+        teacher = floor_teacher(config, teacher)
+    else:
+        teacher, agent = blurred(teacher, config.blur), blurred(agent, config.blur)
+    terms = {}
     if config.objective in ("both", "forward"):
         terms["forward"] = kl(teacher, agent, discrete)
     if config.objective in ("both", "reverse"):
@@ -770,8 +778,8 @@ ANT = Experiment(
         normalise=True,
     ),
     TrainConfig(
-        gap=64, tokens=512, segment_min=32, segment_max=96, stay=0.1, normalise=True, layers=3,
-        width=128, steps=700, learning_rate=2e-3, warmup=50, evaluate_every=50,
+        gap=64, tokens=512, segment_min=32, segment_max=96, stay=0.1, blur=0.2, normalise=True,
+        layers=3, width=128, steps=700, learning_rate=2e-3, warmup=50, evaluate_every=50,
         precision="bfloat16",
     ),
     gaps=(32, 64, 128, "max"),

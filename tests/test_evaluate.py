@@ -410,8 +410,9 @@ def test_a_matched_curve_keeps_the_switches_of_its_agent_and_a_name_of_its_own(t
     assert (untrained.agent, noise.agent) == ("untrained", "magnitude_matched")
     again = meta_test("magnitude_matched", TASKS[BOX], [0, 1], 40, action_rms=untrained.action_rms)
     np.testing.assert_array_equal(noise.reward, again.reward)
-    named = run_meta_test(replace(config, matched=True, name="trembling"))
-    assert (named.agent, named.gap) == ("trembling", 8)
+    named = replace(config, matched=True, name="trembling")
+    assert (run_meta_test(named).agent, run_meta_test(named).gap) == ("trembling", 8)
+    assert meta_test_folder(named) == meta_test_folder(replace(named, name=""))  # made once
 
 
 def test_conditioning_of_a_curve_reaches_the_agent(trained):

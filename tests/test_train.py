@@ -412,7 +412,7 @@ def test_divergence_is_that_of_torch_distributions(discrete, objective):
         "reverse": divergence_of(q, p),
         "nll": -q.log_prob(action),
     }[objective]
-    config = tiny(objective=objective, probability_floor=0.0, log_std_floor=-100.0)
+    config = tiny(objective=objective, probability_floor=0.0, blur=0.0)
     found = divergence(config, discrete, agent, teacher, action)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     floored = divergence(tiny(objective=objective), discrete, agent, teacher, action)
@@ -421,7 +421,7 @@ def test_divergence_is_that_of_torch_distributions(discrete, objective):
 
 def test_floors_keep_late_teachers_from_dominating():
     certain = torch.tensor([[0.0, -200.0, -200.0, -200.0]])  # log-probabilities
-    floored = floor_teacher(tiny(probability_floor=0.01), certain, True).exp()
+    floored = floor_teacher(tiny(probability_floor=0.01), certain).exp()
     torch.testing.assert_close(floored, torch.tensor([[0.97, 0.01, 0.01, 0.01]]))
     uniform = torch.zeros(1, 4)
     reverse = divergence(
@@ -429,9 +429,15 @@ def test_floors_keep_late_teachers_from_dominating():
     )
     expected = 0.25 * np.log(0.25 / 0.97) + 0.75 * np.log(0.25 / 0.01)
     np.testing.assert_allclose(reverse, [expected], rtol=1e-5)
-    narrow = torch.tensor([[0.3, -0.2, -9.0, -1.0]])  # two means, two log_stds
-    floored = floor_teacher(tiny(log_std_floor=-3.0), narrow, False)
-    torch.testing.assert_close(floored, torch.tensor([[0.3, -0.2, -3.0, -1.0]]))
+    narrow, agent = torch.tensor([[0.3, -9.0]]), torch.tensor([[0.5, -2.0]])  # mean, log_std
+    found = divergence(tiny(blur=0.4), False, agent, narrow, None).item()
+    p = torch.distributions.Normal(0.3, np.hypot(np.exp(-9.0), 0.4))
+    q = torch.distributions.Normal(0.5, np.hypot(np.exp(-2.0), 0.4))
+    between = torch.distributions.kl_divergence
+    assert abs(found - (between(p, q) + between(q, p)).item()) < 1e-5
+    sharp = divergence(tiny(blur=0.0), False, agent, narrow, None).item()
+    assert sharp > 1e5 > 1 > found  # a late teacher alone would be the whole loss
+    assert divergence(tiny(blur=0.4), False, narrow, narrow, None).item() == 0
 
 
 # Training
