@@ -779,7 +779,7 @@ ANT = Experiment(
     ),
     TrainConfig(
         gap=64, tokens=512, segment_min=32, segment_max=96, stay=0.1, blur=0.2, normalise=True,
-        layers=3, width=128, steps=700, learning_rate=2e-3, warmup=50, evaluate_every=50,
+        layers=3, width=128, steps=500, learning_rate=2e-3, warmup=50, evaluate_every=50,
         precision="bfloat16",
     ),
     gaps=(32, 64, 128, "max"),

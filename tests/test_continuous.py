@@ -13,6 +13,7 @@ from gla_nb.conditioning import request_claims
 from gla_nb.evaluate import claims_table, read_table
 from gla_nb.figure3 import figure_claims
 from gla_nb.figure4 import direction_claims, direction_control_claims
+from gla_nb.long_lifetimes import forgetting_claims
 from gla_nb.train import find_experiment
 
 CPU = Path(__file__).resolve().parents[1] / "outputs" / "cpu"  # committed results
@@ -33,6 +34,8 @@ def claims_of(figure, scale, episodes, bins):
         return figure_claims(find_experiment("ant", scale), episodes, bins)
     if figure == "conditioning":
         return request_claims(find_experiment("ant_told", scale))
+    if figure == "long_lifetimes":
+        return forgetting_claims(find_experiment("ant", scale).train.gap)
     gap = find_experiment("ant_dir", scale).train.gap
     return (direction_control_claims if "controls" in figure else direction_claims)(gap)
 
@@ -53,10 +56,11 @@ def check_claims(folder, figure, scale):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    "The folder of all three figures, made one after the other in the same outputs."
+    "The folder of all four figures, made one after the other in the same outputs."
     place = tmp_path_factory.mktemp("elsewhere")
     (place / "work").mkdir()
-    words = {"10_figure3": ["-p", "experiment", "ant"], "11_figure4": [], "15_conditioning": []}
+    words = dict.fromkeys(["10_figure3", "11_figure4", "14_long_lifetimes", "15_conditioning"], [])
+    words["10_figure3"] = ["-p", "experiment", "ant"]
     for name, more in words.items():
         code, printed = papermill(place, name, f"{name}.ipynb", *more, *SMOKE)
         assert code == 0, printed
@@ -67,17 +71,19 @@ def test_the_figures_leave_exactly_their_files(smoke):
     pictures, rest = [".png", ".pdf"], ["_claims.md", "_table.md", "_controls.md", ".json"]
     names = {"figure3_ant": KINDS + rest, "figure4": KINDS + rest}
     names |= {f"{name}_controls": KINDS for name in [*names]} | {"figure3_ant_ppo": []}
-    names |= {"figure4_ppo": [], "conditioning": [k for k in KINDS + rest if "controls" not in k]}
+    plain = [kind for kind in KINDS + rest if "controls" not in kind]
+    names |= {"figure4_ppo": [], "conditioning": plain, "long_lifetimes": plain}
     expected = {"claims.csv"} | {f"{name}{kind}" for name in names for kind in names[name]}
     drawn = set(names) - {"figure4_controls"}
     assert set(os.listdir(smoke)) == expected | {f"{n}{kind}" for n in drawn for kind in pictures}
     check_pictures(smoke)
-    for name in ("figure3_ant", "figure4", "conditioning"):
+    for name in ("figure3_ant", "figure4", "conditioning", "long_lifetimes"):
         about = json.loads((smoke / f"{name}.json").read_text())
         assert about["seed"] == 0 and about["versions"]["mujoco"] and about["seconds"]
 
 
-FIGURES = ["figure3_ant", "figure3_ant_controls", "figure4", "figure4_controls", "conditioning"]
+FIGURES = ["figure3_ant", "figure3_ant_controls", "figure4", "figure4_controls"]
+FIGURES += ["conditioning", "long_lifetimes"]
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -97,7 +103,6 @@ def test_every_curve_has_what_continuous_control_needs(smoke):
         # mean of squares is at least the square of the mean.
         most = 1 + ours["forward_reward"] - 4 * ours["action_rms"] ** 2
         assert (ours["reward"] <= most + 1e-3).all(), figure
-    standing = ours = None
     _, bins = tables(smoke, "figure3_ant")
     standing = bins[bins["agent"] == "zero"]
     assert (standing["action_rms"] == 0).all() and abs(standing["reward"].mean() - 1) < 0.1
