@@ -4,8 +4,8 @@
 
 PYTHON ?=
 SCALE ?= cpu
-# notebook:experiment of every figure; each is drawn into outputs/SCALE/
-FIGURES = 10_figure3:grid
+# Each is drawn into outputs/SCALE/; later ones share histories and agents with earlier ones.
+FIGURES = figure3_grid figure3_ant figure4 long_lifetimes conditioning
 
 OUTPUTS := $(if $(GLA_NB_OUTPUTS),$(GLA_NB_OUTPUTS),outputs)
 # Refuses parameters that a notebook does not have, and shows how far it is.
@@ -40,15 +40,22 @@ test: .venv/.installed  ## all checks: package in sync, style, notebooks, tests
 lab: .venv/.installed  ## JupyterLab
 	.venv/bin/jupyter-lab
 
-figures: .venv/.installed  ## every figure at SCALE=smoke, cpu or paper, into outputs/SCALE
+figures: .venv/.installed  ## FIGURES (by default all) at SCALE=smoke, cpu or paper, into outputs/SCALE
 	@case "$(SCALE)" in smoke|cpu|paper) ;; \
 	    *) echo "unknown SCALE=$(SCALE): use smoke, cpu or paper" >&2; exit 2 ;; esac
 	@set -e; for figure in $(FIGURES); do \
-	    notebook=$${figure%:*}; experiment=$${figure#*:}; \
-	    echo "== $$notebook, experiment $$experiment, scale $(SCALE)"; \
-	    $(NOTEBOOK) "nbs/$$notebook.ipynb" \
-	        "$(OUTPUTS)/$(SCALE)/$${notebook#*_}_$$experiment.ipynb" \
-	        -p experiment "$$experiment" -p scale "$(SCALE)"; \
+	    parameters=; \
+	    case "$$figure" in \
+	        figure3_grid|figure3_ant) \
+	            notebook=10_figure3; parameters="-p experiment $${figure#figure3_}" ;; \
+	        figure4) notebook=11_figure4 ;; \
+	        long_lifetimes) notebook=14_long_lifetimes ;; \
+	        conditioning) notebook=15_conditioning ;; \
+	        *) echo "unknown figure $$figure: make -n figures lists them" >&2; exit 2 ;; \
+	    esac; \
+	    echo "== $$figure at scale $(SCALE)"; \
+	    $(NOTEBOOK) "nbs/$$notebook.ipynb" "$(OUTPUTS)/$(SCALE)/$$figure.ipynb" \
+	        $$parameters -p scale "$(SCALE)"; \
 	done
 
 clean:  ## remove .venv, caches, demo and smoke outputs (histories and checkpoints stay)

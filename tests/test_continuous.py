@@ -4,13 +4,15 @@ import json
 import os
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from test_notebooks import BINS, CLAIMS, EPISODES, check_pictures, papermill
+from scipy import stats
+from test_notebooks import BINS, CLAIMS, EPISODES, check_pictures, injected, papermill
 
 from gla_nb.conditioning import request_claims
-from gla_nb.evaluate import claims_table, read_table
+from gla_nb.evaluate import bootstrap_interval, claims_table, paired_test, read_table
 from gla_nb.figure3 import figure_claims
 from gla_nb.figure4 import direction_claims, direction_control_claims
 from gla_nb.long_lifetimes import forgetting_claims
@@ -126,3 +128,93 @@ def test_one_agent_is_tested_in_both_directions_on_the_same_seeds(smoke):
     rms = bins.pivot_table("action_rms", ["agent", "seed", "bin"], "task")
     assert np.allclose(*rms.loc["random"].to_numpy().T) and set(bins["task"]) == set(rms.columns)
     assert not np.allclose(*rms.loc["gla_both"].to_numpy().T), "rewards reach the agent"
+
+
+# -- the committed figures ---------------------------------------------------------------------
+# These read outputs/cpu: the results that the README shows. They fail where a file is missing,
+# and where a claim of the paper that the README calls reproduced does not hold in it.
+
+
+def per_lifetime(bins, name, first, last, **curve):
+    "Mean of a column over the bins first <= bin < last of one curve, by seed."
+    rows = (bins["bin"] >= first) & (bins["bin"] < last)
+    for key, value in curve.items():
+        rows &= bins[key] == str(value)
+    assert rows.any(), curve
+    return bins[rows].groupby("seed")[name].mean()
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_committed_claims_follow_from_the_committed_tables(figure):
+    check_claims(CPU, figure, "cpu")
+
+
+@pytest.mark.parametrize("gap", [64, 128])
+def test_committed_ants_learn_to_walk_in_context(gap):
+    _, bins = tables(CPU, "figure3_ant")
+    ours = {"agent": "gla", "gap": gap}
+    gain = per_lifetime(bins, "reward", 24, 32, **ours) - per_lifetime(bins, "reward", 0, 8, **ours)
+    noise = {"agent": "magnitude_matched", "gap": gap}
+    still = per_lifetime(bins, "reward", 24, 32, **noise)
+    still -= per_lifetime(bins, "reward", 0, 8, **noise)
+    assert len(gain) == len(still) == 64
+    for effect in (gain, gain - still):
+        assert effect.mean() > 0 and paired_test(effect) < 0.01
+        assert stats.wilcoxon(effect).pvalue < 0.01, "a second opinion, from another test"
+    ppo = per_lifetime(bins, "forward_reward", 31, 32, agent="ppo_source").mean()
+    assert ppo > 0.5, "standing still earns as much return: the data must walk"
+    assert per_lifetime(bins, "forward_reward", 24, 32, **ours).mean() > ppo / 2
+
+
+def test_committed_largest_gap_starts_above_all_others():
+    _, bins = tables(CPU, "figure3_ant")
+    gaps = bins.loc[bins["agent"] == "gla", "gap"].unique()
+    starts = {g: per_lifetime(bins, "reward", 0, 1, agent="gla", gap=g).mean() for g in gaps}
+    assert len(gaps) >= 4 and max(starts, key=starts.get) == "max"
+
+
+def test_committed_ants_keep_what_they_learned():
+    _, bins = tables(CPU, "figure3_ant")
+    kept = []
+    for gap in (32, 64, 128):
+        ours = {"agent": "gla", "gap": gap}
+        early, late = (per_lifetime(bins, "reward", *b, **ours) for b in ((2, 6), (16, 20)))
+        noise = per_lifetime(bins, "reward", 2, 6, agent="magnitude_matched", gap=gap)
+        low, _ = bootstrap_interval(late - early)
+        kept.append(low >= -0.1 * (early - noise).mean())
+    assert all(kept)
+
+
+@pytest.mark.parametrize("task", ["ant_forward", "ant_backward"])
+def test_committed_agent_of_both_directions_finds_out_which_is_paid(task):
+    _, bins = tables(CPU, "figure4")
+    ours = {"agent": "gla_both", "task": task}
+    late = per_lifetime(bins, "forward_reward", 24, 32, **ours)
+    gain = late - per_lifetime(bins, "forward_reward", 0, 8, **ours)
+    assert len(late) == 64 and (late > 0).mean() >= 0.8
+    assert gain.mean() > 0 and paired_test(gain) < 0.01
+
+
+def test_committed_agent_of_one_direction_does_not_run_the_other_way():
+    _, bins = tables(CPU, "figure4")
+    late = per_lifetime(bins, "forward_reward", 24, 32, agent="gla_forward", task="ant_backward")
+    assert bootstrap_interval(late)[0] <= 0
+
+
+@pytest.mark.parametrize("control", ["hidden", "yoked"])
+def test_committed_controls_run_the_right_way_by_chance(control):
+    _, bins = tables(CPU, "figure4_controls")
+    right = [
+        per_lifetime(bins, "forward_reward", 24, 32, agent=control, task=task) > 0
+        for task in ("ant_forward", "ant_backward")
+    ]
+    share = sum(each.astype(float) for each in right) / 2
+    assert len(share) >= 32 and paired_test(share - 0.5) > 0.05
+
+
+def test_committed_figures_are_whole():
+    for name in ("figure3_ant", "figure4", "conditioning", "long_lifetimes"):
+        document = nbformat.read(CPU / f"{name}.ipynb", as_version=4)
+        outputs = [o for c in document.cells for o in c.get("outputs", [])]
+        assert not [o for o in outputs if o.output_type == "error"]
+        assert 'scale = "cpu"' in injected(CPU / f"{name}.ipynb")

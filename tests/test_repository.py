@@ -263,6 +263,7 @@ def test_make_passes_parameters_that_the_notebooks_have():
     assert done.returncode == 0, done.stderr
     text = re.sub(r"\\\n", " ", done.stdout)
     text = re.sub(r"\$notebook\b", "10_figure3", text)
+    text = re.sub(r"\$parameters\b", "-p experiment grid", text)
     commands = re.findall(r"-m gla_nb\.notebooks .*", text)
     assert len(commands) == 2
     for command in commands:
