@@ -7,8 +7,8 @@ __all__ = ['CONTROLS', 'LAST', 'EARLY', 'LATE', 'CLEANRL', 'gap_curves', 'other_
            'shortened', 'is_continuous', 'ppo_curves', 'ppo_baselines', 'gap_claims', 'ppo_claims', 'control_claims',
            'learning_claims', 'keeping_claim', 'continuous_claims', 'continuous_control_claims', 'figure_claims',
            'curve_table', 'short', 'readable', 'markdown', 'interval', 'continuous_table', 'plot_gaps', 'plot_controls',
-           'write_text', 'save_figure', 'episode_lengths', 'curve_colors', 'plot_continuous', 'update_means',
-           'plot_ppo', 'plot_continuous_controls']
+           'write_text', 'write_record', 'save_figure', 'episode_lengths', 'curve_colors', 'plot_continuous',
+           'update_means', 'plot_ppo', 'plot_continuous_controls']
 
 # %% ../nbs/10_figure3.ipynb #6c66993e
 from dataclasses import replace
@@ -38,7 +38,7 @@ from gla_nb.evaluate import (
     summary,
 )
 from .histories import open_history
-from .stages import whole
+from .stages import plain, read_json, versions, whole, write_json
 from .tasks import find_task
 from .train import Experiment, TrainConfig
 
@@ -402,6 +402,17 @@ def write_text(path: Path, text: str):
     "Write a text file, whole or not at all."
     with whole(path) as temporary:
         temporary.write_text(text)
+
+
+def write_record(path: Path, row: Experiment, seed: int, seconds: dict) -> dict:
+    "Write configuration, versions and seconds of each stage; returns these, with earlier ones."
+    earlier = read_json(path) if path.exists() else {}
+    if earlier.get("experiment") == plain(row):  # a stage that was reused keeps what it took
+        earlier = earlier["seconds"]
+        seconds = {stage: max(spent, earlier.get(stage, 0)) for stage, spent in seconds.items()}
+    about = {"experiment": plain(row), "seed": seed, "versions": versions(), "seconds": seconds}
+    write_json(path, about)
+    return seconds
 
 
 def save_figure(fig, folder: Path, name: str):
