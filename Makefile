@@ -5,7 +5,8 @@
 PYTHON ?=
 SCALE ?= cpu
 # Each is drawn into outputs/SCALE/; later ones share histories and agents with earlier ones.
-FIGURES = figure3_grid figure3_ant figure4 long_lifetimes conditioning
+ALL_FIGURES = figure3_grid figure3_ant figure4 long_lifetimes conditioning claims
+FIGURES ?= $(ALL_FIGURES)
 
 OUTPUTS := $(if $(GLA_NB_OUTPUTS),$(GLA_NB_OUTPUTS),outputs)
 # Refuses parameters that a notebook does not have, and shows how far it is.
@@ -43,6 +44,8 @@ lab: .venv/.installed  ## JupyterLab
 figures: .venv/.installed  ## FIGURES (by default all) at SCALE=smoke, cpu or paper, into outputs/SCALE
 	@case "$(SCALE)" in smoke|cpu|paper) ;; \
 	    *) echo "unknown SCALE=$(SCALE): use smoke, cpu or paper" >&2; exit 2 ;; esac
+	@for figure in $(FIGURES); do case " $(ALL_FIGURES) " in *" $$figure "*) ;; \
+	    *) echo "unknown figure $$figure: use $(ALL_FIGURES)" >&2; exit 2 ;; esac; done
 	@set -e; for figure in $(FIGURES); do \
 	    parameters=; \
 	    case "$$figure" in \
@@ -51,7 +54,7 @@ figures: .venv/.installed  ## FIGURES (by default all) at SCALE=smoke, cpu or pa
 	        figure4) notebook=11_figure4 ;; \
 	        long_lifetimes) notebook=14_long_lifetimes ;; \
 	        conditioning) notebook=15_conditioning ;; \
-	        *) echo "unknown figure $$figure: make -n figures lists them" >&2; exit 2 ;; \
+	        claims) notebook=16_claims ;; \
 	    esac; \
 	    echo "== $$figure at scale $(SCALE)"; \
 	    $(NOTEBOOK) "nbs/$$notebook.ipynb" "$(OUTPUTS)/$(SCALE)/$$figure.ipynb" \

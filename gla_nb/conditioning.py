@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from .evaluate import Claim, Lifetimes, MetaTest, plot_bins
-from .figure3 import LAST
+from .figure3 import LAST, shortened
 from .train import Experiment
 
 # %% ../nbs/15_conditioning.ipynb #8f018a1e
@@ -22,15 +22,14 @@ def requests(row: Experiment) -> dict[str, list]:
     return {
         "gap": sorted(row.train.gaps),
         "return": list(RANKS),
-        "position": [row.control_interactions * part for part in (2, 1, 0.25)],
+        "position": [(row.control_interactions or row.interactions) * p for p in (2, 1, 0.25)],
     }
 
 
 def request_curves(row: Experiment, agent, seed: int) -> dict[str, MetaTest]:
     "One curve for each request, and one without any, by label."
-    base = MetaTest(
-        row.collect.task, str(agent), row.control_lifetimes, row.control_interactions, seed
-    )
+    whole = MetaTest(row.collect.task, str(agent), row.lifetimes, row.interactions, seed)
+    base = shortened(row, whole)
     found = {"nothing": replace(base, name="asked_for_nothing")}
     for eta, values in requests(row).items():
         for value in values:
@@ -57,7 +56,7 @@ def request_claims(row: Experiment) -> list[Claim]:
                     bins=LAST if eta == "return" else (0, 32),
                 )
             )
-    return claims  # fmt: skip
+    return claims
 
 # %% ../nbs/15_conditioning.ipynb #35729a78
 def plot_requests(row: Experiment, curves: dict[str, Lifetimes]):

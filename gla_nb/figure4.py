@@ -85,8 +85,8 @@ def direction_claims(gap) -> list[Claim]:
             tasks=DIRECTIONS, against="magnitude_matched", against_gap=gap, **both,
         ),
         Claim(
-            "trained on both: more than 80 % run in the commanded direction", "runs_right",
-            tasks=DIRECTIONS, against=0.8, level=1.0, **both,
+            "trained on both: more than 80 % of these lifetimes run in the commanded direction",
+            "runs_right", tasks=DIRECTIONS, against=0.8, level=1.0, **both,
         ),
         Claim(
             "trained on forward: velocity forward rises", "gain", level=0.01,

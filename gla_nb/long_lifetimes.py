@@ -25,7 +25,7 @@ from gla_nb.evaluate import (
     saved_meta_test,
 )
 from .figure3 import EARLY, LATE
-from .stages import cpu_threads, run_parallel
+from .stages import cpu_threads, run_parallel, stage_folder
 from .train import Experiment, TrainConfig
 
 # %% ../nbs/14_long_lifetimes.ipynb #41535d69
@@ -66,9 +66,8 @@ SUSPECTS = {
 # %% ../nbs/14_long_lifetimes.ipynb #a3cc2886
 def suspect_lifetimes(config: MetaTest, name: str) -> Lifetimes:
     "Lifetimes of the agent of `config` with one suspect switched off, kept like all others."
-    folder = meta_test_folder(config).with_name(
-        f"{meta_test_folder(config).name}-{name.replace(' ', '-')}"
-    )
+    about = {"agent": meta_test_folder(config).name, "suspect": SUSPECTS[name]}
+    folder = stage_folder("meta_tests", f"{config.task}-{name.replace(' ', '-')}", about)
     seeds = config.seed * config.lifetimes + np.arange(config.lifetimes)
 
     def make():
@@ -98,20 +97,20 @@ def long_lifetimes(row: Experiment, agents: dict, seed: int) -> dict[str, Lifeti
 
 # %% ../nbs/14_long_lifetimes.ipynb #92fdcdd0
 def forgetting_claims(gap) -> list[Claim]:
-    "Whether each agent loses reward between windows 2-3 and 9-10, and who is to blame."
-    ranges = {"effect": "change", "bins": (*EARLY, *LATE), "gap": gap}
+    "Whether the first agent loses reward between windows 2-3 and 9-10, and who is to blame."
     first = "progress_alone"
+    ranges = {"effect": "change", "bins": (*EARLY, *LATE), "gap": gap}
+    late = {"effect": "level", "bins": LATE, "gap": gap}
     claims = [Claim("trained on progress alone: forgets", direction="less", agent=first, **ranges)]
-    claims += [
-        Claim(f"{name}: forgets less", agent=name.replace(" ", "_"), against=first,
-              against_gap=gap, **ranges)
-        for name in (*SUSPECTS, "staying too")
-    ]  # fmt: skip
+    for name in (*SUSPECTS, "staying too"):
+        other = {"agent": name.replace(" ", "_"), "against": first, "against_gap": gap}
+        claims.append(Claim(f"{name}: forgets less", **other, **ranges))
+        claims.append(Claim(f"{name}: earns more in windows 9 and 10", **other, **late))
     return claims
 
 # %% ../nbs/14_long_lifetimes.ipynb #15ca0f9c
 def plot_long_lifetimes(curves: dict[str, Lifetimes], window: int):
-    "Reward and forward reward of both agents and of the suspects; grey lines: windows. The figure."
+    "Reward of both agents and of the suspects, and action RMS; grey lines: windows. The figure."
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 3, figsize=(16, 4.4), dpi=64)

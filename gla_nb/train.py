@@ -179,7 +179,8 @@ ROW_FIELDS = (
 def token_table(histories: list[History], eta=(), device="cpu", normalise: int = 0) -> TokenTable:
     "Tokens of histories of one shape. Raises `ValueError` when their shapes differ."
     shapes = {
-        (h.observation.shape[2:], h.actions, h.updates, h.streams, h.every) for h in histories
+        (h.observation.shape[2:], h.actions, h.updates, h.streams, h.every, h.discrete)
+        for h in histories
     }
     if len(shapes) != 1:
         raise ValueError(f"histories must agree in shape, but there are {sorted(map(str, shapes))}")
@@ -456,9 +457,10 @@ def split_runs(counts: list[int], held_out: int) -> tuple[list[int], list[int]]:
                 f"held_out is {held_out}, but there are {runs} PPO runs: keep at least one run for "
                 "training and one for the held-out loss"
             )
-        border, first = first + runs - held_out, first + runs
-        training += range(border - runs + held_out, border)
-        kept += range(border, first)
+        border, end = first + runs - held_out, first + runs
+        training += range(first, border)
+        kept += range(border, end)
+        first = end
     return training, kept
 
 # %% ../nbs/03_train.ipynb #4907e50f
@@ -820,7 +822,8 @@ ANT_PAPER = replace(
         steps=3000, batch=64, learning_rate=1e-3, warmup=200, evaluate_every=100, held_out=2,
     ),
     gaps=(32, 64, 128, 256, "max"),
-    interactions=16384,
+    interactions=65536,
+    control_interactions=32768,
 )  # fmt: skip
 BOTH_WAYS = ("ant", "ant_backward")  # Ant-v4 is the forward task to the last bit
 
@@ -868,6 +871,8 @@ def find_experiment(name: str, scale: str = "cpu", seed: int = 0, gap=None) -> E
     if (name, scale) not in EXPERIMENTS:
         raise ValueError(f"unknown scale {scale!r} of {name}: use one of {', '.join(scales)}")
     row = EXPERIMENTS[name, scale]
+    if gap is not None and row.train.gaps:
+        raise ValueError(f"{name} is told its gap, one of {row.train.gaps}: ask for it in the test")
     gap = row.train.gap if gap is None else check_gap(gap)
     if gap != "max" and gap >= row.collect.updates:
         raise ValueError(

@@ -15,6 +15,7 @@ from gla_nb.evaluate import (
     CLAIMS,
     CONTEXT_FREE,
     ENVIRONMENT,
+    NOISE,
     SHUFFLE,
     Claim,
     Lifetimes,
@@ -285,7 +286,7 @@ def test_random_agent_is_uniform_in_both_spaces():
 def noise_replay(seed, steps, strength):
     "True rewards and actions of noise with `strength` (T,), in plain Python."
     env = gym.make(TASKS[BOX]).unwrapped
-    generator = np.random.default_rng(seed_sequence("figure", seed, ACTION))
+    generator = np.random.default_rng(seed_sequence("figure", seed, NOISE))
     env.reset(seed=seed_number("figure", seed, ENVIRONMENT))
     rewards, actions = [], []
     for step in range(steps):

@@ -201,6 +201,7 @@ def test_demo_and_figures_start_notebooks_through_the_module_that_checks_paramet
         "nbs/11_figure4.ipynb elsewhere/smoke/figure4.ipynb -p scale smoke",
         "nbs/14_long_lifetimes.ipynb elsewhere/smoke/long_lifetimes.ipynb -p scale smoke",
         "nbs/15_conditioning.ipynb elsewhere/smoke/conditioning.ipynb -p scale smoke",
+        "nbs/16_claims.ipynb elsewhere/smoke/claims.ipynb -p scale smoke",
     ]
     for name in ("figure4", "figure5"):
         code, output = finish(make(checkout, "figures", "SCALE=smoke", f"FIGURES={name}"))

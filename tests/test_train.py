@@ -905,12 +905,17 @@ def test_outputs_that_cannot_be_written(folders, tmp_path, monkeypatch):
 def test_rows_of_the_table_of_experiments():
     for name, scale in EXPERIMENTS:
         row = EXPERIMENTS[name, scale]
-        for gap in row.gaps:
+        if row.train.gaps:
+            with pytest.raises(ValueError, match=f"{name} is told its gap, one of"):
+                find_experiment(name, scale, gap=row.gaps[0])
+        for gap in [] if row.train.gaps else row.gaps:
             found = find_experiment(name, scale, seed=7, gap=str(gap))
             assert (found.train.gap, found.train.seed, found.collect.seed) == (gap, 7, 7)
             changed = {"gap": row.train.gap, "seed": row.train.seed}
             assert training.replace(found.train, **changed) == row.train
             assert training.replace(found.collect, seed=row.collect.seed) == row.collect
+        if name.startswith("ant"):  # the claims count windows of attention by their bins
+            assert row.interactions == 16 * row.train.tokens
         # Segments must fit into the updates of that experiment, and runs must be left to train on.
         assert row.train.segment_max <= row.collect.steps_per_update
         assert row.train.held_out < row.collect.runs
