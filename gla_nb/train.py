@@ -6,10 +6,10 @@
 __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'ANT', 'ANT_SMOKE', 'ANT_PAPER', 'BOTH_WAYS',
            'EXPERIMENTS', 'TrainConfig', 'check_gap', 'check_train_config', 'TokenTable', 'history_tokens',
            'smooth_returns', 'token_table', 'flat_rows', 'Plan', 'draw_gaps', 'chain_updates', 'check_segments',
-           'place_segments', 'plan_batch', 'Batch', 'make_batch', 'eta_values', 'sample_batch', 'floor_teacher',
-           'blurred', 'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate',
-           'use_bfloat16', 'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss',
-           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder',
+           'place_segments', 'turn_round', 'plan_batch', 'Batch', 'make_batch', 'eta_values', 'sample_batch',
+           'floor_teacher', 'blurred', 'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean',
+           'learning_rate', 'use_bfloat16', 'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step',
+           'evaluate_loss', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder',
            'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure',
            'read_log', 'train_all', 'training_progress', 'Experiment', 'conditioned', 'find_experiment',
            'running_scale']
@@ -61,6 +61,7 @@ class TrainConfig:
     before: float = (
         2.0  # how many gaps before update 0 a sequence may begin (long untrained contexts)
     )
+    turned: float = 0.0  # share of the sequences that begin in the other direction, paid as in this
     stay: float = 0.0  # share of the sequences that show a run's last policy from their first token
     objective: str = "both"  # both (the paper), forward, reverse: KL; nll: of the sampled action
     probability_floor: float = 1e-3  # of the teacher, Discrete: bounds the reverse KL
@@ -107,8 +108,10 @@ def check_train_config(config: TrainConfig):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}: give at least 1")
     check_gap(config.gap)
-    if not 0 <= config.stay < 1:
-        raise ValueError(f"stay is {config.stay}: give a share of the sequences from 0 to below 1")
+    for name in ("stay", "turned"):
+        share = getattr(config, name)
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} is {share}: give a share of the sequences from 0 to below 1")
     if config.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {config.objective!r}: use one of {OBJECTIVES}")
     if config.precision not in ("auto", "float32", "bfloat16"):
@@ -132,6 +135,7 @@ class TokenTable:
     starts: np.ndarray  # (runs, streams, updates + 1) first token of each kept update
     returns: np.ndarray  # (runs, updates) smoothed mean return of each kept policy
     every: int = 1  # kept update i is PPO update i * every: an export leaves some out
+    task: np.ndarray | None = None  # (runs,) number of the task of each run
 
     @property
     def updates(self) -> int:
@@ -192,15 +196,18 @@ def token_table(histories: list[History], eta=(), device="cpu", normalise: int =
         rows, tokens = rows + history.streams * history.rows, tokens + len(row)
     row, end, first = (np.concatenate(part) for part in zip(*parts, strict=True))
     one = histories[0]
+    known = all(getattr(h, "forward_reward", None) is not None for h in histories)
+    forward = ("forward_reward",) * known
     return TokenTable(
         layout=TokenLayout(one.observation.shape[2], one.actions, one.discrete, eta, normalise),
-        rows={name: flat_rows(histories, name).to(device) for name in ROW_FIELDS},
+        rows={name: flat_rows(histories, name).to(device) for name in ROW_FIELDS + forward},
         row=row,
         end=end,
         first=first,
         starts=np.stack(starts),
         returns=np.stack([smooth_returns(history) for history in histories]),
         every=one.every,
+        task=np.unique([str(h.meta.get("task")) for h in histories], return_inverse=True)[1],
     )
 
 
@@ -221,6 +228,7 @@ class Plan:
     update: np.ndarray  # (B, T) kept update of the policy that acted
     border: np.ndarray  # (B, T) bool: the last token of a segment
     scored: np.ndarray  # (B, T) bool: the token belongs to a target segment
+    turned: np.ndarray  # (B, T) bool: of the other direction, to be paid as in this one
     run: np.ndarray  # (B,) row of the table's runs
     gap: np.ndarray  # (B,) in kept updates; their number stands for max
 
@@ -272,14 +280,34 @@ def check_segments(config: TrainConfig, table: TokenTable):
 
 
 def place_segments(table: TokenTable, rng, run, update, length):
-    "First tokens `(B, S)` of segments of `length` (B,) tokens inside their updates."
+    "First tokens `(B, S)` of segments of `length` (B,) inside their updates of the runs `(B, S)`."
     stream = rng.integers(table.starts.shape[1], size=update.shape)
-    low = table.starts[run[:, None], stream, update]
-    room = table.starts[run[:, None], stream, update + 1] - low - length[:, None]
+    low = table.starts[run, stream, update]
+    room = table.starts[run, stream, update + 1] - low - length[:, None]
     start = low + np.floor(rng.random(update.shape) * (room + 1)).astype(int)
     # A border must not fall on the first token of an episode: it would announce an end twice.
     wrong = table.first[start + length[:, None] - 1]
     return start + np.where(wrong, np.where(start - low < room, 1, -1), 0)
+
+# %% ../nbs/03_train.ipynb #08b0723f
+def turn_round(config: TrainConfig, table: TokenTable, runs, rng, run, length):
+    "The run of each segment `(B, S)`, and whether it is `turned`. `ValueError` for other tasks."
+    segments = np.arange(math.ceil(config.tokens / config.segment_min))
+    if not config.turned:
+        return np.repeat(run[:, None], len(segments), 1), np.zeros((len(run), len(segments)), bool)
+    runs = np.asarray(runs)
+    if len(set(table.task[runs])) != 2 or "forward_reward" not in table.rows:
+        raise ValueError(
+            f"turned is {config.turned}: it needs two tasks that report a forward reward, such as "
+            "ant and ant_backward, and runs of both"
+        )
+    others = [runs[table.task[runs] != table.task[r]] for r in run]
+    partner = np.array([other[rng.integers(len(other))] for other in others])
+    # Up to half of the segments of a sequence, at least its first one.
+    count = 1 + np.floor(rng.random(len(run)) * np.ceil(config.tokens / length) / 2)
+    chosen = rng.random(len(run)) < config.turned
+    turned = (segments < count[:, None]) & chosen[:, None]
+    return np.where(turned, partner[:, None], run[:, None]), turned
 
 # %% ../nbs/03_train.ipynb #11e68839
 def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int) -> Plan:
@@ -288,7 +316,8 @@ def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int) ->
     run = np.asarray(runs)[rng.integers(len(runs), size=batch)]
     length = rng.integers(config.segment_min, config.segment_max + 1, size=batch)
     update, target, gap = chain_updates(config, table.returns, rng, run, table.every)
-    start = place_segments(table, rng, run, update, length)
+    source, turned = turn_round(config, table, runs, rng, run, length)
+    start = place_segments(table, rng, source, update, length)
     segment, offset = np.divmod(np.arange(config.tokens), length[:, None])
     return Plan(
         token=np.take_along_axis(start, segment, 1) + offset,
@@ -296,7 +325,8 @@ def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int) ->
         offset=offset,
         update=np.take_along_axis(update, segment, 1),
         border=offset == length[:, None] - 1,
-        scored=np.take_along_axis(target, segment, 1),
+        scored=np.take_along_axis(target & ~turned, segment, 1),
+        turned=np.take_along_axis(turned, segment, 1),
         run=run,
         gap=gap,
     )
@@ -325,6 +355,9 @@ def make_batch(config: TrainConfig, table: TokenTable, plan: Plan, eta=None) -> 
     )
     now = torch.where(end[..., None], rows["final_observation"][row], rows["observation"][row])
     reward = rows["reward"][previous] * (not config.hide_rewards)
+    if config.turned and not config.hide_rewards:
+        turned = torch.from_numpy(plan.turned).to(device)
+        reward = reward - 2 * turned * rows["forward_reward"][previous]
     now, before, reward = normalise_sequences(
         table.layout, now, rows["observation"][previous], reward, first
     )

@@ -377,6 +377,52 @@ def test_each_eta_is_dropped_for_whole_sequences(histories, dropout, low, high):
     assert eta_values(TINY, table, plan, generator()) is None
 
 
+@pytest.fixture(scope="module")
+def two_directions(tmp_path_factory):
+    "Two PPO runs of each direction of the ant, a few steps long, and their table."
+    sizes = {"runs": 2, "updates": 3, "streams": 2, "steps_per_update": 32, "batch_size": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLA_NB_OUTPUTS", str(tmp_path_factory.mktemp("directions")))
+        folders = [collect(CollectConfig(task=t, **sizes), jobs=1) for t in ("ant", "ant_backward")]
+    opened = [[open_history(run) for run in run_folders(folder)] for folder in folders]
+    return opened, token_table(opened[0] + opened[1])
+
+
+def test_turned_contexts_are_of_the_other_direction_and_paid_as_in_this_one(two_directions):
+    opened, table = two_directions
+    histories = opened[0] + opened[1]
+    config = tiny(gap=1, turned=0.5, segment_min=8, segment_max=16)
+    plan = plan_batch(config, table, range(4), generator(), 400)
+    batch = make_batch(config, table, plan)
+    rows = table.row[plan.token]  # of all histories, one after the other
+    run, row = np.divmod(rows, histories[0].streams * histories[0].rows)
+    other = (run // 2) != (plan.run // 2)[:, None]
+    np.testing.assert_array_equal(other, plan.turned)
+    assert abs(plan.turned.any(1).mean() - 0.5) < 0.08 and not plan.turned[:, -5:].all(1).any()
+    assert not (plan.turned & plan.scored).any() and not batch.weight[plan.turned].any()
+    first_only = np.diff(plan.turned.astype(int), axis=1)
+    assert first_only.max() <= 0, "what follows is right"
+    rewards = np.stack([h.reward.ravel() for h in histories])
+    forward = np.stack([h.forward_reward.ravel() for h in histories])
+    paid = rewards[run, row - 1] - 2 * plan.turned * forward[run, row - 1]
+    seen = batch.tokens[..., 2 * 27 + 8].numpy()  # raw: this configuration normalises nothing
+    inside = (plan.offset > 0) & ~table.end[plan.token] & ~table.first[plan.token]
+    np.testing.assert_allclose(seen[inside], paid[inside], rtol=1e-5, atol=1e-5)
+    assert plan.turned[inside].any() and (~plan.turned[inside]).any()
+    hidden = make_batch(tiny(gap=1, turned=0.5, hide_rewards=True), table, plan)
+    assert not hidden.tokens[..., 2 * 27 + 8].any()
+
+
+def test_turned_contexts_need_two_directions(two_directions, tables):
+    _, table = two_directions
+    with pytest.raises(ValueError, match="turned is 0.5: it needs two tasks"):
+        plan_batch(tiny(turned=0.5, segment_min=8), table, [0, 1], generator(), 8)
+    with pytest.raises(ValueError, match="that report a forward reward"):
+        plan_batch(tiny(turned=0.5), tables["short"], [0, 1], generator(), 8)
+    with pytest.raises(ValueError, match="turned is 1.0: give a share"):
+        tiny(turned=1.0)
+
+
 # What is asked
 
 
