@@ -310,7 +310,7 @@ def matched_scale(noise: np.ndarray, rms: np.ndarray) -> np.ndarray:
     rest = np.cumsum(np.square(size[:, ::-1]), axis=1)[:, ::-1]  # squares of all but the first k
     clipped = np.arange(noise.shape[1])
     wanted = np.maximum(noise.shape[1] * np.square(rms)[:, None] - clipped, 0)
-    scale = np.sqrt(wanted / rest)
+    scale = np.sqrt(wanted / np.maximum(rest, np.finfo(np.float32).tiny))  # noise may be exactly 0
     fits = scale * size <= 1 + 1e-6  # and the next one is not clipped
     return scale[np.arange(len(noise)), fits.argmax(1)]
 

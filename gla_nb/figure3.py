@@ -522,6 +522,7 @@ def plot_continuous_controls(controls: dict, baselines: dict):
         left.set_title(f"One agent and its {title}")
         right.set_title("forward reward: velocity in m/s")
         right.legend().remove()
-        left.legend(frameon=False, ncols=2, fontsize=9)
-    fig.tight_layout()
+    fig.tight_layout(h_pad=4)  # before the legends, which take no part in it
+    for left, _ in axes:
+        left.legend(frameon=False, ncols=7, loc="upper left", bbox_to_anchor=(-0.12, -0.13))
     return fig

@@ -36,7 +36,7 @@ def agent_plans(row: Experiment) -> dict:
     "What each agent is trained on: `(TrainConfig, CollectConfigs)` by name."
     forward, *_ = both = row.collects
     return {
-        "gla_forward": (row.train, [forward]),
+        "gla_forward": (replace(row.train, turned=0.0), [forward]),
         "gla_both": (row.train, both),
         "hidden": (replace(row.train, hide_rewards=True), both),
     }
@@ -46,12 +46,11 @@ def direction_curves(row: Experiment, agents: dict, seed: int) -> dict:
     "The main curves by `(task, label)`; `agents` maps names to folders."
     found = {}
     for task in DIRECTIONS:
-        base = MetaTest(
-            task, "random", lifetimes=row.lifetimes, interactions=row.interactions, seed=seed
-        )
         for name in ("gla_forward", "gla_both"):
-            found[task, name] = replace(base, agent=str(agents[name]), name=name)
-        found[task, "random"] = base
+            agent = str(agents[name])
+            found[task, name] = MetaTest(
+                task, agent, row.lifetimes, row.interactions, seed, name=name
+            )
         found[task, "noise"] = replace(
             found[task, "gla_both"], matched=True, name="magnitude_matched"
         )
@@ -151,7 +150,6 @@ def early_and_late(lifetimes: Lifetimes) -> np.ndarray:
 LOOKS = {  # label, name in the legend, colour
     "gla_forward": ("trained on forward", "C0"),
     "gla_both": ("trained on both", "C2"),
-    "random": ("random", "C7"),
     "noise": ("noise like trained on both", (0.17, 0.63, 0.17, 0.4)),
 }
 
