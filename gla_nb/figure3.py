@@ -522,7 +522,7 @@ def plot_continuous_controls(controls: dict, baselines: dict):
         left.set_title(f"One agent and its {title}")
         right.set_title("forward reward: velocity in m/s")
         right.legend().remove()
-    fig.tight_layout(h_pad=4)  # before the legends, which take no part in it
+    fig.tight_layout(h_pad=4, rect=(0, 0.04, 1, 1))  # leaves room for the legends
     for left, _ in axes:
         left.legend(frameon=False, ncols=7, loc="upper left", bbox_to_anchor=(-0.12, -0.13))
     return fig
