@@ -270,7 +270,8 @@ def single_segment(tokens):
     "The plan of one sequence of all tokens, in a single segment."
     zeros, offset = np.zeros((1, tokens), int), np.arange(tokens)[None]
     border, scored = offset == tokens - 1, np.ones((1, tokens), bool)
-    return Plan(offset, zeros, offset, zeros, border, scored, np.zeros(1, int), np.ones(1, int))
+    one = np.zeros(1, int), np.ones(1, int)  # its run and its gap
+    return Plan(offset, zeros, offset, zeros, border, scored, ~scored, *one)
 
 
 @pytest.mark.parametrize("cap", [0, 40, 1000])
