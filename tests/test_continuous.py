@@ -162,7 +162,7 @@ def per_lifetime(bins, name, first, last, **curve):
     return bins[rows].groupby("seed")[name].mean()
 
 
-COMMITTED = ["figure3_ant"]
+COMMITTED = ["figure3_ant", "figure4"]
 
 
 @pytest.mark.parametrize("figure", [f for f in FIGURES if f.startswith(tuple(COMMITTED))])
@@ -204,6 +204,33 @@ def test_committed_ants_keep_what_they_learned():
         low, _ = bootstrap_interval(late - early)
         kept.append(low >= -0.1 * (early - noise).mean())
     assert all(kept)
+
+
+@pytest.mark.parametrize("task", ["ant_forward", "ant_backward"])
+def test_committed_agent_of_both_directions_finds_out_which_is_paid(task):
+    _, bins = tables(CPU, "figure4")
+    ours = {"agent": "gla_both", "task": task}
+    late = per_lifetime(bins, "forward_reward", 24, 32, **ours)
+    gain = late - per_lifetime(bins, "forward_reward", 0, 2, **ours)  # since its first window
+    assert len(late) == 64 and (late > 0).mean() >= 0.8
+    assert gain.mean() > 0 and paired_test(gain) < 0.01
+
+
+def test_committed_agent_of_one_direction_does_not_run_the_other_way():
+    _, bins = tables(CPU, "figure4")
+    late = per_lifetime(bins, "forward_reward", 24, 32, agent="gla_forward", task="ant_backward")
+    assert bootstrap_interval(late)[0] <= 0
+
+
+@pytest.mark.parametrize("control", ["hidden", "yoked"])
+def test_committed_controls_run_the_right_way_by_chance(control):
+    _, bins = tables(CPU, "figure4_controls")
+    right = [
+        per_lifetime(bins, "forward_reward", 24, 32, agent=control, task=task) > 0
+        for task in ("ant_forward", "ant_backward")
+    ]
+    share = sum(each.astype(float) for each in right) / 2
+    assert len(share) >= 32 and paired_test(share - 0.5) > 0.05
 
 
 def test_committed_figures_are_whole():
