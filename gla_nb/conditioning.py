@@ -56,6 +56,17 @@ def request_claims(row: Experiment) -> list[Claim]:
                     bins=LAST if eta == "return" else (0, 32),
                 )
             )
+    for value in requests(row)["return"]:
+        claims.append(
+            Claim(
+                f"asked for return {value:g} its first episode earns more than asked for nothing",
+                "first_episode",
+                agent=f"asked_for_return_{value:g}",
+                gap=row.train.gap,
+                against="asked_for_nothing",
+                against_gap=row.train.gap,
+            )
+        )
     return claims
 
 # %% ../nbs/15_conditioning.ipynb #35729a78

@@ -162,7 +162,7 @@ def per_lifetime(bins, name, first, last, **curve):
     return bins[rows].groupby("seed")[name].mean()
 
 
-COMMITTED = ["figure3_ant", "figure4"]
+COMMITTED = ["figure3_ant", "figure4", "long_lifetimes", "conditioning"]
 
 
 @pytest.mark.parametrize("figure", [f for f in FIGURES if f.startswith(tuple(COMMITTED))])
