@@ -6,17 +6,17 @@
 __all__ = ['ENVIRONMENT', 'ACTION', 'SHUFFLE', 'NOISE', 'ETA_MOST', 'CONTEXT_FREE', 'FEEDBACK', 'MEMORY', 'CURVE', 'EPISODES',
            'N_BINS', 'BINS', 'TEXT', 'LIFETIME', 'EFFECTS', 'COLUMNS', 'RANGES', 'VERDICTS', 'CLAIMS', 'LIFETIMES',
            'Lifetimes', 'check_lifetimes', 'save_lifetimes', 'load_lifetimes', 'own_noise', 'InContext',
-           'no_transition', 'check_fits', 'check_eta', 'eta_values', 'Uniform', 'box_space', 'Zero', 'matched_scale',
-           'MagnitudeMatched', 'check_action_rms', 'check_agent', 'new_actor', 'shown_reward', 'yoke_to',
-           'check_meta_test', 'seen_observations', 'meta_test', 'curve_name', 'new_record', 'run_lifetimes', 'progress',
-           'by_stream', 'episode_borders', 'episodes_table', 'bins_table', 'write_table', 'read_table', 'returns_at',
-           'curve', 'level', 'gain', 'change', 'runs_right', 'first_episode', 'lifetime_length', 'final_return',
-           'interactions_to', 'select', 'differences', 'check_values', 'bootstrap_interval', 'paired_test', 'holm',
-           'Claim', 'check_column', 'check_bins', 'curve_label', 'claim_row', 'claim_values', 'pool', 'claim_rows',
-           'claims_table', 'update_claims', 'figure_tables', 'write_figure', 'summary', 'draw_means', 'plot_returns',
-           'bin_curve', 'plot_bins', 'in_turns', 'ppo_lifetimes', 'saved_meta_test', 'MetaTest', 'eta_pairs',
-           'weights_hash', 'load_actor', 'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'run_meta_tests',
-           'has_box_actions']
+           'no_transition', 'layout_of', 'task_layout', 'check_fits', 'lifetime_projections', 'check_eta', 'eta_values',
+           'Uniform', 'box_space', 'Zero', 'matched_scale', 'MagnitudeMatched', 'check_action_rms', 'check_agent',
+           'new_actor', 'shown_reward', 'yoke_to', 'check_meta_test', 'seen_observations', 'meta_test', 'curve_name',
+           'new_record', 'run_lifetimes', 'progress', 'by_stream', 'episode_borders', 'episodes_table', 'bins_table',
+           'write_table', 'read_table', 'returns_at', 'curve', 'level', 'gain', 'change', 'runs_right', 'first_episode',
+           'lifetime_length', 'final_return', 'interactions_to', 'select', 'differences', 'check_values',
+           'bootstrap_interval', 'paired_test', 'holm', 'Claim', 'check_column', 'check_bins', 'curve_label',
+           'claim_row', 'claim_values', 'pool', 'claim_rows', 'claims_table', 'update_claims', 'figure_tables',
+           'write_figure', 'summary', 'draw_means', 'plot_returns', 'bin_curve', 'plot_bins', 'in_turns',
+           'ppo_lifetimes', 'saved_meta_test', 'MetaTest', 'eta_pairs', 'weights_hash', 'load_actor',
+           'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'run_meta_tests', 'has_box_actions']
 
 # %% ../nbs/04_evaluate.ipynb #00078d47
 import hashlib
@@ -35,7 +35,13 @@ from joblib import delayed
 from scipy import stats
 
 from .histories import History, open_history
-from .projections import Normaliser, TokenLayout, make_tokens
+from gla_nb.projections import (
+    Normaliser,
+    Projections,
+    TokenLayout,
+    draw_projections,
+    make_tokens,
+)
 from gla_nb.stages import (
     Live,
     cpu_threads,
@@ -159,18 +165,19 @@ def own_noise(seeds, use: int, shape=(), normal=False, block: int = 256) -> Iter
 class InContext:
     "Acts by an agent with `layout`, `new_cache`, `step`; remembers `cache` and running statistics."
 
-    def __init__(self, agent, environments, memory: str = "lifetime", eta: dict | None = None):
-        layout = agent.config.layout if hasattr(agent, "config") else agent.layout
+    def __init__(self, agent, environments, memory="lifetime", eta=None, projections=None):
+        self.layout = layout = layout_of(agent)
         check_fits(layout, environments)
-        self.agent, self.layout, self.memory = agent, layout, memory
-        self.eta, self.steps = check_eta(self.layout, eta), 0
-        lifetimes = environments.num_envs
-        self.shape, self.normal = (() if layout.discrete else (layout.action,)), not layout.discrete
+        self.agent, self.memory, self.projections = agent, memory, projections
+        self.eta, self.steps = check_eta(layout, eta), 0
+        task, lifetimes = task_layout(layout, environments), environments.num_envs
+        self.shape, self.normal = (() if task.discrete else (task.action,)), not task.discrete
         parameters = getattr(agent, "parameters", lambda: iter(()))
         self.device = getattr(next(parameters(), None), "device", torch.device("cpu"))
-        self.cache, self.normaliser = agent.new_cache(lifetimes), Normaliser(layout, lifetimes)
+        self.cache = agent.new_cache(lifetimes)
+        self.normaliser = Normaliser(layout, lifetimes, task.observation)
         self.first = torch.ones(lifetimes, dtype=torch.bool)
-        self.previous = no_transition(layout, lifetimes)
+        self.previous = no_transition(task, lifetimes)
 
     @torch.inference_mode()
     def act(self, observation, noise):
@@ -178,7 +185,10 @@ class InContext:
         outputs = self._step(observation, self.first)
         if not torch.isfinite(outputs).all():
             raise ValueError(f"outputs of the agent are not finite at interaction {self.steps}")
-        noise = torch.from_numpy(noise).to(self.device)
+        if self.projections:
+            limits = self.agent.config.log_std_min, self.agent.config.log_std_max
+            outputs = self.projections.policy(outputs.cpu(), *limits)
+        noise = torch.from_numpy(noise).to(outputs.device)
         return sample(outputs, noise, self.layout.discrete).cpu().numpy()
 
     @torch.inference_mode()
@@ -200,6 +210,9 @@ class InContext:
         now, before, reward = self.normaliser(
             torch.from_numpy(observation), before, reward, first, active
         )
+        if self.projections:
+            now, before = map(self.projections.observations, (now, before))
+            action = self.projections.actions(action)
         last = (before, action, reward, terminated, truncated)
         tokens = make_tokens(self.layout, now, *last, first, eta).to(self.device)
         active = None if active is None else active.to(self.device)
@@ -219,19 +232,45 @@ def no_transition(layout: TokenLayout, lifetimes: int) -> tuple:
     )
 
 # %% ../nbs/04_evaluate.ipynb #f1ac03f5
-def check_fits(layout: TokenLayout, environments):
-    "Raise `ValueError` that names both sides when an agent cannot act in these environments."
+def layout_of(agent) -> TokenLayout:
+    "What stands in the tokens of an agent."
+    return agent.config.layout if hasattr(agent, "config") else agent.layout
+
+
+def task_layout(layout: TokenLayout, environments) -> TokenLayout:
+    "`layout` with the sizes and the kind of action of these environments, not projected."
     space = environments.single_action_space
     discrete = hasattr(space, "n")
-    task = TokenLayout(
+    return replace(
+        layout,
         observation=environments.single_observation_space.shape[0],
         action=int(space.n) if discrete else space.shape[0],
         discrete=discrete,
-        eta=layout.eta,
-        normalise=layout.normalise,
+        projection="",
     )
-    if task != layout:
+
+
+def check_fits(layout: TokenLayout, environments):
+    "Raise `ValueError` that names both sides when an agent cannot act in these environments."
+    task = task_layout(layout, environments)
+    if not layout.projection and task != layout:
         raise ValueError(f"the agent was made for {layout}, but this task needs {task}")
+    if layout.projection and task.discrete:
+        raise ValueError(f"the agent has projected, continuous actions, but this task needs {task}")
+
+
+def lifetime_projections(agent, environments, seeds, law: str = "") -> Projections | None:
+    "A projection for each lifetime, by the agent's law or another; None where it has none."
+    layout = layout_of(agent)
+    if not layout.projection:
+        if law:
+            raise ValueError(f"projection={law!r}, but the agent was trained without projections")
+        return None
+    check_fits(layout, environments)
+    task = task_layout(layout, environments)
+    return draw_projections(
+        law or layout.projection, [(task.observation, task.action)] * len(seeds), "figure", seeds
+    )
 
 # %% ../nbs/04_evaluate.ipynb #7a60fb2c
 ETA_MOST = {"gap": math.inf, "return": 1, "position": math.inf}
@@ -361,10 +400,13 @@ def check_agent(agent):
         raise ValueError(f"unknown agent {agent!r}: pass a trained agent, or one of {words}")
 
 
-def new_actor(agent, environments, memory="lifetime", eta=None, action_rms=None):
+def new_actor(
+    agent, environments, memory="lifetime", eta=None, action_rms=None, seeds=(), projection=""
+):
     "The actor for a trained agent or a word in `CONTEXT_FREE`. Raises `ValueError`."
     if not isinstance(agent, str):
-        return InContext(agent, environments, memory, eta)
+        projections = lifetime_projections(agent, environments, seeds, projection)
+        return InContext(agent, environments, memory, eta, projections)
     if agent == "magnitude_matched":
         return MagnitudeMatched(environments, action_rms)
     return {"random": Uniform, "zero": Zero}[agent](environments)
@@ -434,13 +476,14 @@ def meta_test(
     yoke=None,  # (L, T) rewards to show with feedback "yoked"
     action_rms=None,  # (L, T) strength of the noise of agent "magnitude_matched"
     eta: dict | None = None,  # conditioning by name, for agents trained with it
+    projection: str = "",  # another law than that of an agent trained with projections
     name: str | None = None,  # of the curve; by default gla, the word, or that of the control
 ) -> Lifetimes:
     "Lifetimes that begin with an empty context. Raises `ValueError` for what cannot be run."
     task, seeds = find_task(task), check_meta_test(seeds, interactions, feedback, memory, yoke)
     check_agent(agent)
     with closing(make_vector_env(task, len(seeds))) as environments:
-        actor = new_actor(agent, environments, memory, eta, action_rms)
+        actor = new_actor(agent, environments, memory, eta, action_rms, seeds, projection)
         check_action_rms(agent, len(seeds), interactions, action_rms)
         name = name or (agent if isinstance(agent, str) else curve_name(feedback, memory))
         live = progress(f"meta-test {task.name}, {name}", len(seeds), interactions)
@@ -1097,6 +1140,7 @@ class MetaTest:
     name: str = ""  # of the curve; by default gla, the word, or that of the control
     matched: bool = False  # instead of the agent, noise as strong as its actions
     eta: tuple = ()  # conditioning, pairs of name and value
+    projection: str = ""  # another law than the agent's own
 
     def __post_init__(self):
         object.__setattr__(self, "eta", eta_pairs(self.eta))
@@ -1104,7 +1148,7 @@ class MetaTest:
             raise ValueError("agent='magnitude_matched': give the agent's folder, and matched=True")
         if self.matched and self.feedback != "true":
             raise ValueError(f"matched with feedback={self.feedback!r}: noise is shown no rewards")
-        switched = self.untrained or self.eta or self.memory != "lifetime"
+        switched = self.untrained or self.eta or self.projection or self.memory != "lifetime"
         if self.agent in CONTEXT_FREE and (switched or self.feedback != "true"):
             raise ValueError(f"agent={self.agent!r} remembers nothing: give no switch beside it")
 
@@ -1168,6 +1212,7 @@ def make_lifetimes(config: MetaTest) -> Lifetimes:
             feedback=config.feedback,
             memory=config.memory,
             eta=dict(config.eta),
+            projection=config.projection if not config.matched else "",
             name=name,
             **given,
         )

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'ANT', 'ANT_SMOKE', 'ANT_PAPER', 'BOTH_WAYS',
            'EXPERIMENTS', 'TrainConfig', 'check_gap', 'check_train_config', 'TokenTable', 'history_tokens',
-           'smooth_returns', 'token_table', 'flat_rows', 'Plan', 'draw_gaps', 'chain_updates', 'check_segments',
-           'place_segments', 'turn_round', 'plan_batch', 'Batch', 'make_batch', 'eta_values', 'sample_batch',
-           'floor_teacher', 'blurred', 'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean',
-           'learning_rate', 'use_bfloat16', 'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step',
-           'evaluate_loss', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder',
-           'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure',
-           'read_log', 'train_all', 'training_progress', 'Experiment', 'both_ways', 'conditioned', 'find_experiment',
-           'running_scale']
+           'smooth_returns', 'token_table', 'flat_rows', 'padded', 'Plan', 'draw_gaps', 'chain_updates',
+           'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers', 'share_of_one', 'Batch',
+           'make_batch', 'agent_layout', 'own_dimensions', 'eta_values', 'sample_batch', 'floor_teacher', 'blurred',
+           'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16',
+           'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'save_checkpoint',
+           'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card',
+           'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
+           'training_progress', 'Experiment', 'both_ways', 'conditioned', 'find_experiment', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import json
@@ -32,7 +32,15 @@ from safetensors.torch import save
 
 from .collect import CollectConfig, run_folders
 from .histories import History, open_history, update_returns
-from .projections import TokenLayout, make_tokens, normalise_sequences
+from gla_nb.projections import (
+    SIZES,
+    Projections,
+    TokenLayout,
+    check_law,
+    draw_projections,
+    make_tokens,
+    normalise_sequences,
+)
 from gla_nb.stages import (
     Live,
     cpu_threads,
@@ -70,6 +78,10 @@ class TrainConfig:
     eta_dropout: float = 0.1  # share of sequences in which each eta is not given (zero)
     hide_rewards: bool = False  # the control agent that never sees a reward
     normalise: bool = False  # observations and rewards by what the agent has seen so far
+    projection: str = ""  # law of the projections, a new one for each sequence; "": none
+    pool: int | str = "endless"  # how many projections there are to draw from
+    one_projection: float = 0.0  # share of the first batch that keeps one projection; falls to 0
+    one_projection_until: float = 0.5  # when it is 0, as a share of the steps
     layers: int = 3
     width: int = 64
     heads: int = 4
@@ -112,6 +124,15 @@ def check_train_config(config: TrainConfig):
         share = getattr(config, name)
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}: give a share of the sequences from 0 to below 1")
+    if config.projection:
+        check_law(config.projection)
+    if config.pool != "endless" and not (isinstance(config.pool, int) and config.pool >= 1):
+        raise ValueError(f"pool is {config.pool!r}: give a number from 1, or 'endless'")
+    if not 0 <= config.one_projection <= 1 or not 0 < config.one_projection_until <= 1:
+        raise ValueError(
+            f"one_projection is {config.one_projection} until {config.one_projection_until}: give "
+            "shares from 0 to 1"
+        )
     if config.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {config.objective!r}: use one of {OBJECTIVES}")
     if config.precision not in ("auto", "float32", "bfloat16"):
@@ -136,11 +157,17 @@ class TokenTable:
     returns: np.ndarray  # (runs, updates) smoothed mean return of each kept policy
     every: int = 1  # kept update i is PPO update i * every: an export leaves some out
     task: np.ndarray | None = None  # (runs,) number of the task of each run
+    shapes: np.ndarray | None = None  # (runs, 2) d_o and d_a of each; rows are padded with zeros
 
     @property
     def updates(self) -> int:
         "Kept PPO updates of each history."
         return self.starts.shape[2] - 1
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        "d_o and d_a to which rows are padded."
+        return self.layout.observation, self.layout.action
 
 # %% ../nbs/03_train.ipynb #175789fe
 def history_tokens(history: History) -> tuple:
@@ -181,13 +208,17 @@ ROW_FIELDS = (
 
 
 def token_table(histories: list[History], eta=(), device="cpu", normalise: int = 0) -> TokenTable:
-    "Tokens of histories of one shape. Raises `ValueError` when their shapes differ."
-    shapes = {
-        (h.observation.shape[2:], h.actions, h.updates, h.streams, h.every, h.discrete)
-        for h in histories
-    }
-    if len(shapes) != 1:
-        raise ValueError(f"histories must agree in shape, but there are {sorted(map(str, shapes))}")
+    """Tokens of histories with one number of updates and streams. `ValueError` when these differ.
+
+    With Box actions observations and actions may be of several sizes: they are padded with zeros.
+    """
+    kinds = {(h.updates, h.streams, h.every, h.discrete) for h in histories}
+    shapes = np.array([(h.observation.shape[2], h.actions) for h in histories])
+    if len(kinds) != 1 or (histories[0].discrete and len(np.unique(shapes, axis=0)) != 1):
+        raise ValueError(
+            "histories must agree in updates, streams, every and kind of action, and discrete ones "
+            f"in shape, but there are {sorted(map(str, kinds))} of {np.unique(shapes, axis=0)}"
+        )
     parts, starts, rows, tokens = [], [], 0, 0
     for history in histories:
         row, end, first, start = history_tokens(history)
@@ -199,7 +230,7 @@ def token_table(histories: list[History], eta=(), device="cpu", normalise: int =
     known = all(getattr(h, "forward_reward", None) is not None for h in histories)
     forward = ("forward_reward",) * known
     return TokenTable(
-        layout=TokenLayout(one.observation.shape[2], one.actions, one.discrete, eta, normalise),
+        layout=TokenLayout(*map(int, shapes.max(0)), one.discrete, eta, normalise),
         rows={name: flat_rows(histories, name).to(device) for name in ROW_FIELDS + forward},
         row=row,
         end=end,
@@ -208,14 +239,25 @@ def token_table(histories: list[History], eta=(), device="cpu", normalise: int =
         returns=np.stack([smooth_returns(history) for history in histories]),
         every=one.every,
         task=np.unique([str(h.meta.get("task")) for h in histories], return_inverse=True)[1],
+        shapes=shapes,
     )
 
 
 def flat_rows(histories: list[History], name: str) -> torch.Tensor:
     "One array of all histories, `(M, ...)`: run after run, stream after stream, row after row."
     arrays = [np.array(getattr(history, name)) for history in histories]
-    flat = torch.cat([torch.from_numpy(array).flatten(0, 1) for array in arrays])
+    parts = [torch.from_numpy(array).flatten(0, 1) for array in arrays]
+    if parts[0].ndim == 2:
+        halves = 2 if name == "distribution" and not histories[0].discrete else 1
+        most = max(part.shape[1] for part in parts) // halves
+        parts = [padded(part.unflatten(1, (halves, -1)), most).flatten(1) for part in parts]
+    flat = torch.cat(parts)
     return flat.float() if flat.dtype == torch.float16 else flat  # exports are float16
+
+
+def padded(values: torch.Tensor, size: int) -> torch.Tensor:
+    "(..., d) -> (..., size) with zeros behind."
+    return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
 
 # %% ../nbs/03_train.ipynb #31e3b0c6
 @dataclass(frozen=True)
@@ -231,6 +273,7 @@ class Plan:
     turned: np.ndarray  # (B, T) bool: of the other direction, to be paid as in this one
     run: np.ndarray  # (B,) row of the table's runs
     gap: np.ndarray  # (B,) in kept updates; their number stands for max
+    projection: np.ndarray | None = None  # (B,) number of the projection within its stream
 
 # %% ../nbs/03_train.ipynb #6f6db44c
 def draw_gaps(config: TrainConfig, updates: int, rng, batch: int, every: int = 1):
@@ -310,8 +353,8 @@ def turn_round(config: TrainConfig, table: TokenTable, runs, rng, run, length):
     return np.where(turned, partner[:, None], run[:, None]), turned
 
 # %% ../nbs/03_train.ipynb #11e68839
-def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int) -> Plan:
-    "Choose the tokens of `batch` sequences from the PPO runs `runs`, without a loop over them."
+def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int, one=0.0) -> Plan:
+    "Choose tokens of `batch` sequences from `runs`, a share `one` of them with one projection."
     check_segments(config, table)
     run = np.asarray(runs)[rng.integers(len(runs), size=batch)]
     length = rng.integers(config.segment_min, config.segment_max + 1, size=batch)
@@ -329,7 +372,22 @@ def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int) ->
         turned=np.take_along_axis(turned, segment, 1),
         run=run,
         gap=gap,
+        projection=draw_numbers(config, rng, batch, one),
     )
+
+
+def draw_numbers(config: TrainConfig, rng, batch: int, one: float) -> np.ndarray:
+    "(batch,) numbers of projections: of the pool, and 0 for a share `one`."
+    if not config.projection:
+        return np.zeros(batch, int)
+    numbers = rng.integers(2**62 if config.pool == "endless" else config.pool, size=batch)
+    return np.where(rng.random(batch) < one, 0, numbers)
+
+
+def share_of_one(config: TrainConfig, step: int) -> float:
+    "The share of the sequences that keep one projection; it falls in a line to 0."
+    left = 1 - step / (config.one_projection_until * config.steps)
+    return config.one_projection * max(0.0, left)
 
 # %% ../nbs/03_train.ipynb #53ff8c35
 @dataclass(frozen=True)
@@ -340,10 +398,14 @@ class Batch:
     teacher: torch.Tensor  # (B, T, P) recorded distribution parameters
     action: torch.Tensor  # (B, T) or (B, T, d_a) the action that PPO sampled
     weight: torch.Tensor  # (B, T) 1 where the token is scored, else 0
+    projections: Projections | None = None  # of each sequence, where there are any
+    own: torch.Tensor | None = None  # (B, 1, 2 d_a) bool: not padding, where shapes differ
 
 # %% ../nbs/03_train.ipynb #f1c129b7
-def make_batch(config: TrainConfig, table: TokenTable, plan: Plan, eta=None) -> Batch:
-    "Gather the tokens of a plan; `eta` (B, T, len(layout.eta)) when the layout has it."
+def make_batch(
+    config: TrainConfig, table: TokenTable, plan: Plan, eta=None, stream: str = "train"
+) -> Batch:
+    "Gather the tokens of a plan; `eta` (B, T, len(layout.eta)), projections from `stream`."
     rows, device = table.rows, table.rows["reward"].device
     row, end = table.row[plan.token], table.end[plan.token]
     first = table.first[plan.token] | (plan.offset == 0)
@@ -361,18 +423,47 @@ def make_batch(config: TrainConfig, table: TokenTable, plan: Plan, eta=None) -> 
     now, before, reward = normalise_sequences(
         table.layout, now, rows["observation"][previous], reward, first
     )
+    action = rows["executed_action"][previous]
+    projections = None
+    if config.projection:
+        keys = np.stack([np.full(len(plan.run), config.seed), plan.projection], 1)
+        shapes = table.shapes[plan.run]
+        projections = draw_projections(config.projection, shapes, stream, keys, table.widest)
+        projections = projections.to(device)
+        now, before = projections.observations(now), projections.observations(before)
+        action = projections.actions(action)
     tokens = make_tokens(
-        table.layout,
+        agent_layout(config, table.layout),
         observation=now,
         previous_observation=before,
-        previous_action=rows["executed_action"][previous],
+        previous_action=action,
         previous_reward=reward,
         terminated=rows["terminated"][previous] & end,
         truncated=(rows["truncated"][previous] & end) | border,
         first=first,
         eta=eta,
     )
-    return Batch(tokens, rows["distribution"][row], rows["action"][row], weight.float())
+    own = own_dimensions(table, plan.run)
+    own = own if own is None else own.to(device)
+    teacher, action = rows["distribution"][row], rows["action"][row]
+    return Batch(tokens, teacher, action, weight.float(), projections, own)
+
+
+def agent_layout(config: TrainConfig, task: TokenLayout) -> TokenLayout:
+    "What stands in the tokens of an agent: projected, or as the task has it."
+    if not config.projection:
+        return task
+    if task.discrete:
+        raise ValueError("projections need Box actions, but those of this task are Discrete")
+    return TokenLayout(*SIZES, False, task.eta, task.normalise, config.projection)
+
+
+def own_dimensions(table: TokenTable, run: np.ndarray) -> torch.Tensor | None:
+    "(B, 1, 2 d_a), false for the padding of smaller actions; None where all are of one size."
+    if table.shapes is None or len(np.unique(table.shapes[:, 1])) == 1:
+        return None
+    own = np.arange(table.layout.action) < table.shapes[run, 1][:, None]
+    return torch.from_numpy(np.tile(own, 2)[:, None])
 
 # %% ../nbs/03_train.ipynb #80ed0911
 def eta_values(config: TrainConfig, table: TokenTable, plan: Plan, rng) -> torch.Tensor | None:
@@ -393,14 +484,23 @@ def eta_values(config: TrainConfig, table: TokenTable, plan: Plan, rng) -> torch
     return torch.from_numpy(eta * given[:, None]).float().to(device)
 
 # %% ../nbs/03_train.ipynb #35fef4e4
-def sample_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int, part=slice(None)):
+def sample_batch(
+    config: TrainConfig,
+    table: TokenTable,
+    runs,
+    rng,
+    batch: int,
+    part=slice(None),
+    stream: str = "train",
+    one: float = 0.0,
+):
     "`(Batch, Plan)`; `part` keeps some of the sequences, the share of one of several processes."
-    plan = plan_batch(config, table, runs, rng, batch)
+    plan = plan_batch(config, table, runs, rng, batch, one)
     eta = eta_values(config, table, plan, rng)
     if part != slice(None):
         plan = Plan(**{name: getattr(plan, name)[part] for name in Plan.__dataclass_fields__})
         eta = eta if eta is None else eta[part]
-    return make_batch(config, table, plan, eta), plan
+    return make_batch(config, table, plan, eta, stream), plan
 
 # %% ../nbs/03_train.ipynb #2f96597a
 def floor_teacher(config: TrainConfig, teacher: torch.Tensor) -> torch.Tensor:
@@ -512,12 +612,14 @@ class Trainer:
         self.train_runs, self.held_out_runs = split_runs([*map(len, tasks)], config.held_out)
         self.table = token_table(sum(tasks, []), config.eta, self.device, cap)
         self.bfloat16 = use_bfloat16(config.precision, self.device)
-        model = new_agent(config, self.table.layout)
+        model = new_agent(config, agent_layout(config, self.table.layout))
         optimizer = new_optimizer(config, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step, self.log, self.losses = 0, [], []
         rng = np.random.default_rng(seed_sequence("validation", config.seed))
-        self.fixed = sample_batch(config, self.table, self.held_out_runs, rng, config.batch)
+        self.fixed = sample_batch(
+            config, self.table, self.held_out_runs, rng, config.batch, stream="validation"
+        )
 
     @property
     def agent(self) -> GLA:
@@ -527,9 +629,14 @@ class Trainer:
     def terms(self, batch: Batch) -> dict:
         "The terms of the objective at each token, (B, T), by name."
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            output = self.model(batch.tokens)
-        discrete = self.table.layout.discrete
-        return divergences(self.config, discrete, output.float(), batch.teacher, batch.action)
+            output = self.model(batch.tokens).float()
+        if batch.projections is not None:
+            shape = self.agent.config
+            output = batch.projections.policy(output, shape.log_std_min, shape.log_std_max)
+        teacher, action = batch.teacher, batch.action
+        if batch.own is not None:  # where the agent has no such action it agrees with the teacher
+            output = torch.where(batch.own, output, teacher)
+        return divergences(self.config, self.table.layout.discrete, output, teacher, action)
 
 # %% ../nbs/03_train.ipynb #2f9e878e
 BATCH = 1  # the use of a seed for the batches, beside that for the weights
@@ -552,7 +659,10 @@ def train_step(trainer: Trainer):
     config, accelerator = trainer.config, trainer.accelerator
     rng = np.random.default_rng(seed_sequence("train", config.seed, BATCH, trainer.step))
     part = slice(accelerator.process_index, None, accelerator.num_processes)
-    batch, _ = sample_batch(config, trainer.table, trainer.train_runs, rng, config.batch, part)
+    batch, _ = sample_batch(
+        config, trainer.table, trainer.train_runs, rng, config.batch, part,
+        one=share_of_one(config, trainer.step),
+    )  # fmt: skip
     count = batch.weight.sum()
     if accelerator.num_processes > 1:  # the mean over the scored tokens of all processes
         count = accelerator.reduce(count, "mean")

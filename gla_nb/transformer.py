@@ -60,8 +60,9 @@ class GLAConfig:
 
     @property
     def outputs(self) -> int:
-        "Numbers that describe one action distribution: n logits, or d_a means and d_a log_stds."
-        return self.layout.action if self.layout.discrete else 2 * self.layout.action
+        "Numbers of one action distribution: n logits, or d_a means, d_a log_stds, and their level."
+        layout = self.layout
+        return layout.action if layout.discrete else 2 * layout.action + bool(layout.projection)
 
 # %% ../nbs/02b_transformer.ipynb #ba05fd4d
 def config_from(values: dict) -> GLAConfig:
@@ -208,7 +209,7 @@ def check_tokens(tokens, expected):
 # %% ../nbs/02b_transformer.ipynb #759bdf06
 def bounded(params: torch.Tensor, config: GLAConfig) -> torch.Tensor:
     "Float32 `(..., outputs)`: logits as they are, means followed by log_stds within the bounds."
-    if config.layout.discrete:
+    if config.layout.discrete or config.layout.projection:  # bounded in the task's own space
         return params.float()
     mean, log_std = params.float().chunk(2, -1)
     return torch.cat((mean, log_std.clamp(config.log_std_min, config.log_std_max)), -1)

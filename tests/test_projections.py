@@ -1,0 +1,213 @@
+"Random projections from the matrices to training and meta-testing on tasks of several shapes."
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gla_nb.collect import CollectConfig, collect, run_folders
+from gla_nb.evaluate import MetaTest, meta_test, run_meta_test
+from gla_nb.histories import open_history
+from gla_nb.projections import (
+    LAWS,
+    Projections,
+    TokenLayout,
+    draw_projections,
+    random_matrices,
+)
+from gla_nb.train import (
+    TrainConfig,
+    divergences,
+    make_batch,
+    plan_batch,
+    sample_batch,
+    share_of_one,
+    token_table,
+    train,
+)
+from gla_nb.transformer import GLA, GLAConfig, log_probability, sample
+
+LAYOUT = TokenLayout(64, 16, False, normalise=64, projection="orthonormal")
+CONFIG = TrainConfig(
+    gap=1, tokens=48, segment_min=8, segment_max=16, normalise=True, projection="orthonormal",
+    layers=1, width=32, heads=2, batch=4, steps=3, evaluate_every=3, precision="float32",
+)  # fmt: skip
+TASKS = ("Reacher-v4", "HalfCheetah-v4")
+
+
+@pytest.fixture(scope="module")
+def histories():
+    "Histories of two tasks of other shapes: 11 and 17 observations, 2 and 6 actions."
+    config = CollectConfig(
+        runs=2, updates=3, streams=2, steps_per_update=32, batch_size=32, epochs=1
+    )
+    return [collect(replace(config, task=task)) for task in TASKS]
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return GLA(GLAConfig(LAYOUT, layers=1, width=32, heads=2, window=64), seed=0).eval()
+
+
+def table_of(folders, normalise=48):
+    runs = [open_history(run) for folder in folders for run in run_folders(folder)]
+    return token_table(runs, normalise=normalise)
+
+
+def digest(law):
+    "A number that every entry of some matrices changes."
+    drawn = draw_projections(law, [(27, 8), (11, 2)], "figure", [5, 6])
+    return float(sum((part.double() * (1 + np.pi)).sum() for part in vars(drawn).values()))
+
+
+def test_another_process_draws_the_same_projections():
+    code = "import sys; sys.path.insert(0, 'tests'); from test_projections import *; "
+    code += "print(*map(digest, LAWS))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [float(x) for x in done.stdout.split()] == [digest(law) for law in LAWS]
+
+
+def test_streams_never_meet():
+    drawn = {s: draw_projections("orthonormal", [(4, 2)] * 50, s, np.arange(50)).observation
+             for s in ("train", "validation", "figure")}  # fmt: skip
+    every = torch.cat([*drawn.values()]).flatten(1)
+    assert (torch.cdist(every, every) + 9 * torch.eye(150)).min() > 0.5
+
+
+@pytest.mark.parametrize("law", ["orthonormal", "gaussian", "glorot"])
+def test_every_channel_of_a_standardised_observation_has_unit_variance(law):
+    drawn = draw_projections(law, [(27, 8)] * 2000, "train", np.arange(2000))
+    values = torch.randn(2000, 20, 27, generator=torch.Generator().manual_seed(0))
+    variance = drawn.observations(values).var((0, 1))
+    assert (variance - 1).abs().max() < 0.1
+
+
+def test_samples_have_the_density_that_the_loss_uses():
+    drawn = draw_projections("orthonormal", [(27, 8)], "train", [0])
+    generator = torch.Generator().manual_seed(0)
+    outputs = 0.5 * torch.randn(1, 33, generator=generator)
+    policy = drawn.policy(outputs, -5, 2).expand(100_000, -1)
+    noise = torch.randn(100_000, 8, generator=generator)
+    actions = sample(policy, noise, False)
+    torch.testing.assert_close(actions.mean(0), policy[0, :8], atol=0.03, rtol=0)
+    torch.testing.assert_close(actions.std(0).log(), policy[0, 8:], atol=0.02, rtol=0)
+    entropy = (policy[0, 8:] + 0.5 * np.log(2 * np.pi * np.e)).sum()
+    negative = -log_probability(policy, actions, False).mean()
+    assert negative.item() == pytest.approx(entropy.item(), abs=0.03)
+
+
+def test_turning_a_projection_and_the_outputs_changes_nothing():
+    drawn = draw_projections("orthonormal", [(17, 6)], "train", [3])
+    turn = torch.from_numpy(random_matrices("orthonormal", 16, 16, [np.random.default_rng(0)])[0])
+    turn, outputs = turn.float(), torch.randn(1, 33, generator=torch.Generator().manual_seed(1))
+    turned = Projections(drawn.observation, turn @ drawn.action, drawn.inverse @ turn.T)
+    both = outputs[:, :32].unflatten(1, (2, 16)) @ turn.T
+    again = torch.cat([both.flatten(1), outputs[:, 32:]], 1)
+    expected = drawn.policy(outputs, -9, 9)
+    torch.testing.assert_close(turned.policy(again, -9, 9), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(turned.policy(outputs, -9, 9), expected, atol=0.1)
+
+
+def test_the_executed_action_enters_the_context_projected(histories):
+    table = table_of(histories[:1])
+    plan = plan_batch(CONFIG, table, [0, 1], np.random.default_rng(0), 8)
+    batch = make_batch(CONFIG, table, plan)
+    inside = plan.offset > 0
+    action = table.rows["executed_action"][np.maximum(table.row[plan.token] - 1, 0)]
+    shown = batch.tokens[..., 128:144]
+    expected = batch.projections.actions(action)
+    ordinary = inside & ~table.end[plan.token] & ~table.first[plan.token]
+    torch.testing.assert_close(shown[ordinary], expected[ordinary])
+
+
+def test_each_sequence_has_its_own_projection_and_validation_others(histories):
+    table = table_of(histories)
+    first, plan = sample_batch(CONFIG, table, range(4), np.random.default_rng(0), 6)
+    other, same = sample_batch(
+        CONFIG, table, range(4), np.random.default_rng(0), 6, stream="validation"
+    )
+    assert len(set(plan.projection)) == 6
+    np.testing.assert_array_equal(plan.token, same.token)
+    apart = (first.projections.observation - other.projections.observation).abs().amax((1, 2))
+    assert apart.min() > 0.1
+
+
+@pytest.mark.parametrize("pool", [1, 16])
+def test_a_pool_has_as_many_projections_as_it_says(histories, pool):
+    table, config = table_of(histories), replace(CONFIG, pool=pool)
+    plan = plan_batch(config, table, range(4), np.random.default_rng(0), 400)
+    assert set(plan.projection) == set(range(pool))
+
+
+def test_the_share_of_one_projection_falls_to_nothing(histories):
+    config = replace(CONFIG, one_projection=0.8, one_projection_until=0.5, steps=100)
+    assert [share_of_one(config, step) for step in (0, 25, 50, 99)] == [0.8, 0.4, 0, 0]
+    plan = plan_batch(config, table_of(histories), range(4), np.random.default_rng(0), 1000, 0.4)
+    assert (plan.projection == 0).mean() == pytest.approx(0.4, abs=0.05)
+
+
+def test_tasks_of_two_shapes_train_in_one_batch(histories):
+    table = table_of(histories)
+    assert table.widest == (17, 6)
+    batch, plan = sample_batch(CONFIG, table, range(4), np.random.default_rng(0), 40)
+    reacher = table.shapes[plan.run, 1] == 2
+    assert 5 < reacher.sum() < 35
+    assert batch.own[reacher].sum(-1).eq(4).all() and batch.own[~reacher].all()
+    # A sequence of the smaller task is what it would be without the larger one beside it.
+    alone = table_of(histories[:1])
+    (row,) = np.flatnonzero(reacher)[:1]
+    one = {name: getattr(plan, name)[row : row + 1] for name in plan.__dataclass_fields__}
+    same = make_batch(CONFIG, alone, replace(plan, **one))
+    torch.testing.assert_close(same.tokens[0], batch.tokens[row])
+    torch.testing.assert_close(same.teacher[0, :, :2], batch.teacher[row, :, :2])
+    # Its padding adds nothing to the loss, whatever the agent says there.
+    outputs = torch.randn(1, 48, 33, generator=torch.Generator().manual_seed(0))
+    short = divergences(CONFIG, False, same.projections.policy(outputs, -5, 2), same.teacher, None)
+    wide = draw_projections(
+        "orthonormal", table.shapes[plan.run[[row]]], "train", [[0, plan.projection[row]]], (17, 6)
+    ).policy(outputs, -5, 2)
+    wide = torch.where(batch.own[[row]], wide, batch.teacher[[row]])
+    long = divergences(CONFIG, False, wide, batch.teacher[[row]], None)
+    for name in ("forward", "reverse"):
+        torch.testing.assert_close(short[name], long[name])
+
+
+def test_an_agent_trained_on_two_shapes_acts_in_a_third(histories, tmp_path):
+    folder = train(CONFIG, histories, live=False)
+    lifetimes = run_meta_test(MetaTest("Pendulum-v1", str(folder), 2, 32))
+    assert np.isfinite(lifetimes.reward).all()
+    log = np.array([p.detach().abs().sum() for p in GLA.from_pretrained(folder).parameters()])
+    assert np.isfinite(log).all()
+
+
+@pytest.mark.parametrize(
+    "task", ["Reacher-v4", "HalfCheetah-v4", "ant", "dm_control/cartpole-swingup-v0"]
+)
+def test_one_agent_acts_in_tasks_of_all_shapes(agent, task):
+    lifetimes = meta_test(agent, task, seeds=[0, 1], interactions=40)
+    again = meta_test(agent, task, seeds=[1], interactions=40)
+    # Its projection is its own. Rounding grows fast: the first steps only.
+    np.testing.assert_allclose(lifetimes.reward[1, :10], again.reward[0, :10], atol=1e-3)
+    plain = meta_test(agent, task, seeds=[0, 1], interactions=40, projection="identity")
+    assert np.abs(plain.action_rms - lifetimes.action_rms).max() > 0
+
+
+def test_what_does_not_fit_is_refused(agent):
+    with pytest.raises(ValueError, match="105 observations, and only 64"):
+        draw_projections("orthonormal", [(105, 8)], "figure", [0])
+    with pytest.raises(ValueError, match="17 actions, and only 16"):
+        draw_projections("identity", [(27, 17)], "figure", [0])
+    with pytest.raises(ValueError, match="unknown projection 'fourier'"):
+        meta_test(agent, "Reacher-v4", [0], 9, projection="fourier")
+    with pytest.raises(ValueError, match="continuous actions, but this task needs"):
+        meta_test(agent, "CartPole-v1", [0], 9)
+    with pytest.raises(ValueError, match="pool is 0"):
+        TrainConfig(pool=0)
+    bare = GLA(GLAConfig(TokenLayout(11, 2, False), layers=1, width=16, heads=1, window=8), seed=0)
+    with pytest.raises(ValueError, match="trained without projections"):
+        meta_test(bare, "Reacher-v4", [0], 9, projection="orthonormal")
+    with pytest.raises(ValueError, match="Discrete"):
+        train(replace(CONFIG, segment_max=8), collect(CollectConfig(runs=2, updates=2)), live=False)
