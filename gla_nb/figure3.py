@@ -486,7 +486,7 @@ def plot_ppo(folders: dict[str, Path], window: int = 10):
     "Return and forward reward of each PPO run, by task, smoothed over updates; the figure."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), dpi=64)
+    fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), dpi=42)
     for color, (task, folder) in enumerate(folders.items()):
         table = learning_curves(folder)
         for run, forward in enumerate(update_means(folder)):

@@ -165,7 +165,7 @@ def plot_directions(curves: dict):
     "Figure 4 from lifetimes by `(task, label)`, one row for each direction; returns the figure."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 4, figsize=(18, 7.6), dpi=60)
+    fig, axes = plt.subplots(2, 4, figsize=(18, 7.6), dpi=42)
     for line, task in zip(axes, DIRECTIONS, strict=True):
         shown = {LOOKS[label][0]: curves[task, label] for label in LOOKS}
         colors = dict(LOOKS.values())

@@ -14,6 +14,7 @@ import torch
 from joblib import delayed
 
 from gla_nb.evaluate import (
+    N_BINS,
     Claim,
     Lifetimes,
     MetaTest,
@@ -24,7 +25,7 @@ from gla_nb.evaluate import (
     run_meta_test,
     saved_meta_test,
 )
-from .figure3 import EARLY, LATE
+from .figure3 import EARLY, LAST, LATE
 from .stages import cpu_threads, run_parallel, stage_folder
 from .train import Experiment, TrainConfig
 
@@ -110,6 +111,13 @@ def forgetting_claims(gap) -> list[Claim]:
         other = {"agent": name.replace(" ", "_"), "against": first, "against_gap": gap}
         claims.append(Claim(f"{name}: forgets less", **other, **ranges))
         claims.append(Claim(f"{name}: earns more in windows 9 and 10", **other, **late))
+    quarters = (N_BINS // 4, N_BINS // 2, *LAST)
+    claims.append(
+        Claim(
+            "counts of a life: loses from the second quarter to the last", "change", gap=gap,
+            agent="counts_of_a_life", bins=quarters, direction="less",
+        )
+    )  # fmt: skip
     return claims
 
 # %% ../nbs/14_long_lifetimes.ipynb #15ca0f9c

@@ -9,10 +9,11 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers', 'share_of_one', 'Batch',
            'make_batch', 'agent_layout', 'own_dimensions', 'eta_values', 'sample_batch', 'floor_teacher', 'blurred',
            'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16',
-           'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card',
-           'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
-           'training_progress', 'Experiment', 'both_ways', 'conditioned', 'find_experiment', 'running_scale']
+           'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'unseen_projections',
+           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder',
+           'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure',
+           'read_log', 'train_all', 'training_progress', 'Experiment', 'both_ways', 'conditioned', 'find_experiment',
+           'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import json
@@ -85,6 +86,7 @@ class TrainConfig:
     layers: int = 3
     width: int = 64
     heads: int = 4
+    matching: int = 0  # heads that compare projected observations and read off projected actions
     batch: int = 32  # sequences in a step, over all processes
     steps: int = 150  # optimiser steps
     learning_rate: float = 3e-3  # at its peak
@@ -577,7 +579,14 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
 # %% ../nbs/03_train.ipynb #3996e79b
 def new_agent(config: TrainConfig, layout: TokenLayout) -> GLA:
     "An untrained agent; its weights depend on the seed alone. The window is one training sequence."
-    shape = GLAConfig(layout, config.layers, config.width, config.heads, window=config.tokens)
+    shape = GLAConfig(
+        layout,
+        config.layers,
+        config.width,
+        config.heads,
+        window=config.tokens,
+        matching=config.matching,
+    )
     return GLA(shape, seed=seed_number("train", config.seed))
 
 
@@ -620,6 +629,11 @@ class Trainer:
         self.fixed = sample_batch(
             config, self.table, self.held_out_runs, rng, config.batch, stream="validation"
         )
+        self.projected = None  # known runs, unseen projections: has it learned to learn?
+        if config.projection:
+            self.projected = sample_batch(
+                config, self.table, self.train_runs, rng, config.batch, stream="validation"
+            )
 
     @property
     def agent(self) -> GLA:
@@ -689,6 +703,8 @@ def evaluate_loss(trainer: Trainer) -> dict:
     weight = batch.weight.cpu().numpy()
     for name, loss in terms.items():
         row[f"held_out_{name}"] = by_segment(loss.double().cpu().numpy(), weight, plan)
+    if trainer.projected:
+        row |= unseen_projections(trainer)
     both = row["train"] + row["held_out"]  # the last step shows in the held-out loss alone
     if not math.isfinite(both):
         raise ValueError(
@@ -696,6 +712,16 @@ def evaluate_loss(trainer: Trainer) -> dict:
             f"than {trainer.config.learning_rate}"
         )
     return row
+
+# %% ../nbs/03_train.ipynb #14e77eba
+def unseen_projections(trainer: Trainer) -> dict:
+    "Losses on the training runs under projections of the validation stream, by name."
+    batch, plan = trainer.projected
+    with torch.no_grad():
+        loss = sum(trainer.terms(batch).values())
+    names = {"held_out": "unseen", "held_out_head": "unseen_head", "held_out_segments": None}
+    losses = segment_losses(loss, batch.weight, plan)
+    return {names[name]: value for name, value in losses.items() if names[name]}
 
 # %% ../nbs/03_train.ipynb #66474d26
 def save_checkpoint(trainer: Trainer):

@@ -211,3 +211,47 @@ def test_what_does_not_fit_is_refused(agent):
         meta_test(bare, "Reacher-v4", [0], 9, projection="orthonormal")
     with pytest.raises(ValueError, match="Discrete"):
         train(replace(CONFIG, segment_max=8), collect(CollectConfig(runs=2, updates=2)), live=False)
+
+
+@pytest.fixture(scope="module")
+def matching():
+    "An agent with matching heads whose gates have been learned, more or less."
+    shape = GLAConfig(LAYOUT, layers=2, width=32, heads=2, window=24, matching=3)
+    agent = GLA(shape, seed=0).eval()
+    agent.matching.gates.weight.data *= 20
+    return agent
+
+
+def test_matching_heads_give_the_same_one_token_at_a_time(matching):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 60, LAYOUT.width, generator=generator)
+    with torch.no_grad():
+        whole = matching(tokens)
+    cache, rows = matching.new_cache(3), torch.tensor([True, False, True])
+    for step in range(60):  # lifetimes that are not active in between read nothing
+        matching.step(torch.randn_like(tokens[:, 0]), cache, torch.zeros(3, dtype=torch.bool))
+        outputs = matching.step(tokens[:, step], cache)
+        torch.testing.assert_close(outputs, whole[:, step], atol=1e-5, rtol=1e-5)
+    cache.empty(rows)
+    again = matching.step(tokens[:, 0], cache)
+    torch.testing.assert_close(again[rows], whole[rows, 0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(again[~rows], whole[~rows, 0], atol=1e-3)
+
+
+def test_what_matching_heads_say_turns_with_the_projection(matching):
+    generators = [np.random.default_rng(0)]
+    turns = [torch.from_numpy(random_matrices("orthonormal", n, n, generators)[0]).float()
+             for n in (64, 16)]  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    tokens, x = torch.randn(2, 30, LAYOUT.width, generator=generator), torch.zeros(2, 30, 32)
+    now, before, action, rest = tokens.split((64, 64, 16, LAYOUT.width - 144), -1)
+    turned = torch.cat([now @ turns[0].T, before @ turns[0].T, action @ turns[1].T, rest], -1)
+    with torch.no_grad():
+        ours, theirs = (matching.matching(x, each, None) for each in (tokens, turned))
+    torch.testing.assert_close(theirs, ours @ turns[1].T, atol=1e-4, rtol=0)
+    assert ours.abs().max() > 0.1
+
+
+def test_matching_heads_need_projections():
+    with pytest.raises(ValueError, match="matching heads need a layout with projections"):
+        GLAConfig(TokenLayout(11, 2, False), matching=2)
