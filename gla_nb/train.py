@@ -12,8 +12,8 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'unseen_projections',
            'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder',
            'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure',
-           'read_log', 'train_all', 'training_progress', 'Experiment', 'both_ways', 'conditioned', 'find_experiment',
-           'running_scale']
+           'read_log', 'train_all', 'training_progress', 'ship_agent', 'shipped_agent', 'Experiment', 'both_ways',
+           'projected', 'conditioned', 'find_experiment', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import json
@@ -46,6 +46,7 @@ from gla_nb.stages import (
     Live,
     cpu_threads,
     locked,
+    outputs_folder,
     plain,
     read_json,
     run_parallel,
@@ -900,6 +901,23 @@ def training_progress(configs: list[TrainConfig], folders: list[Path]) -> str:
         parts.append(f"gap {config.gap}{kind}: {step}")
     return "training  " + "   ".join(parts)
 
+# %% ../nbs/03_train.ipynb #8ac50545
+def ship_agent(agent_folder, name: str) -> Path:
+    "Copy a trained agent to `outputs/agents/name` in bfloat16; returns its folder."
+    agent = GLA.from_pretrained(agent_folder)
+    folder = outputs_folder() / "agents" / name
+    agent.save_pretrained(folder, dtype=torch.bfloat16)
+    return folder
+
+
+def shipped_agent(name: str, config: TrainConfig) -> Path | None:
+    "The folder of the agent `name` that is shipped, where it was trained as `config` says."
+    folder = outputs_folder() / "agents" / name
+    if not (folder / "config.json").exists():
+        return None
+    about = read_json(folder / "config.json").get("about", {})
+    return folder if about.get("train") == plain(config) else None
+
 # %% ../nbs/03_train.ipynb #455e8d42
 @dataclass(frozen=True)
 class Experiment:
@@ -1007,6 +1025,12 @@ def both_ways(row: Experiment, gap: int, **changes) -> Experiment:
     return replace(row, tasks=BOTH_WAYS, train=train, gaps=(gap,))
 
 
+def projected(row: Experiment, **changes) -> Experiment:
+    "The same with a fresh projection for each sequence, and heads that copy behaviour in any."
+    train = replace(row.train, projection="orthonormal", matching=4, **changes)
+    return replace(row, train=train, gaps=(row.train.gap,))
+
+
 def conditioned(row: Experiment, gaps: tuple) -> Experiment:
     "The same with an agent that is told gap, return and position, each in half of the sequences."
     train = replace(row.train, eta=("gap", "return", "position"), gaps=gaps, eta_dropout=0.5)
@@ -1020,6 +1044,20 @@ EXPERIMENTS = {
     ("ant_told", "smoke"): conditioned(ANT_SMOKE, (1, 2, 3)),
     ("ant_told", "cpu"): conditioned(ANT, (16, 64, 256)),
     ("ant_told", "paper"): conditioned(ANT_PAPER, (16, 64, 256)),
+    ("ant_projected", "smoke"): replace(
+        projected(ANT_SMOKE), interactions=256, lifetimes=2, control_interactions=64
+    ),
+    ("ant_projected", "cpu"): replace(
+        projected(ANT),
+        lifetimes=32,
+        interactions=4000,
+        control_interactions=2000,
+        baselines={
+            "ppo": replace(ANT.baselines["ppo"], updates=1),
+            "ppo_small_rollouts": replace(ANT.baselines["ppo_small_rollouts"], updates=8),
+        },
+    ),
+    ("ant_projected", "paper"): replace(projected(ANT_PAPER), lifetimes=32),
     ("ant_dir", "smoke"): both_ways(ANT_SMOKE, gap=2),
     ("ant_dir", "cpu"): both_ways(ANT, gap=256, steps=700),
     ("ant_dir", "paper"): both_ways(ANT_PAPER, gap=256),

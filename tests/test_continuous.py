@@ -92,7 +92,9 @@ def test_every_sentence_of_the_paper_has_its_tests_in_one_table(smoke):
     lines = (smoke / "claims.md").read_text().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     claims = read_table(smoke / "claims.csv").set_index(["figure", "claim"])
-    sentences = [sentence for sentence, figure, _ in PAPER if figure != "figure3_grid"]
+    sentences = [
+        sentence for sentence, figure, _ in PAPER if figure not in ("figure3_grid", "figure5")
+    ]
     assert [row[0] for row in cells if row[0]] == sentences
     for _, ours, seeds, effect, *_, command in cells:
         figure = command.split("FIGURES=")[1].split()[0]

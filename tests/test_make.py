@@ -199,14 +199,16 @@ def test_demo_and_figures_start_notebooks_through_the_module_that_checks_paramet
         "nbs/10_figure3.ipynb elsewhere/smoke/figure3_grid.ipynb -p experiment grid -p scale smoke",
         "nbs/10_figure3.ipynb elsewhere/smoke/figure3_ant.ipynb -p experiment ant -p scale smoke",
         "nbs/11_figure4.ipynb elsewhere/smoke/figure4.ipynb -p scale smoke",
+        "nbs/12_figure5.ipynb elsewhere/smoke/figure5.ipynb -p scale smoke",
+        "nbs/13_projection_study.ipynb elsewhere/smoke/projection_study.ipynb -p scale smoke",
         "nbs/14_long_lifetimes.ipynb elsewhere/smoke/long_lifetimes.ipynb -p scale smoke",
         "nbs/15_conditioning.ipynb elsewhere/smoke/conditioning.ipynb -p scale smoke",
         "nbs/16_claims.ipynb elsewhere/smoke/claims.ipynb -p scale smoke",
     ]
-    for name in ("figure4", "figure5"):
+    for name in ("figure4", "figure6"):
         code, output = finish(make(checkout, "figures", "SCALE=smoke", f"FIGURES={name}"))
         assert (code == 0) == (name == "figure4"), output
-    assert "unknown figure figure5" in output
+    assert "unknown figure figure6" in output
     assert log(checkout) == ["venv", "pip"], "installed once"
 
 

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from gla_nb import train as training
 from gla_nb.collect import CollectConfig, collect, run_folders
 from gla_nb.evaluate import meta_test
 from gla_nb.histories import HistoryError, export_histories, open_history, update_returns
+from gla_nb.projections import TokenLayout
+from gla_nb.stages import plain
 from gla_nb.tasks import TASKS, Task
 from gla_nb.train import (
     EXPERIMENTS,
@@ -31,11 +34,14 @@ from gla_nb.train import (
     floor_teacher,
     load_checkpoint,
     make_batch,
+    new_agent,
     plan_batch,
     read_checkpoint,
     read_log,
     sample_batch,
     save_checkpoint,
+    ship_agent,
+    shipped_agent,
     token_table,
     train,
     train_all,
@@ -981,3 +987,20 @@ def test_rows_of_the_table_of_experiments():
 def test_unknown_experiments_scales_and_gaps(arguments, expected):
     with pytest.raises(ValueError, match=expected):
         find_experiment(*arguments)
+
+
+def test_a_shipped_agent_stands_in_for_exactly_its_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLA_NB_OUTPUTS", str(tmp_path))
+    config = TrainConfig(layers=1, width=16, heads=2)
+    agent = new_agent(config, TokenLayout(9, 4, True))
+    agent.save_pretrained(tmp_path / "trained", about={"gap": 4, "train": plain(config)})
+    assert shipped_agent("tiny", config) is None
+    folder = ship_agent(tmp_path / "trained", "tiny")
+    assert folder == tmp_path / "agents" / "tiny" == shipped_agent("tiny", config)
+    assert shipped_agent("tiny", replace(config, seed=1)) is None
+    shipped = GLA.from_pretrained(folder)
+    assert shipped.about == agent.about
+    for ours, theirs in zip(shipped.parameters(), agent.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.bfloat16().float())
+    sizes = [(f / "model.safetensors").stat().st_size for f in (folder, tmp_path / "trained")]
+    assert sizes[0] < 0.6 * sizes[1]

@@ -1,0 +1,102 @@
+"Figure 5 and the study of projections: at the smoke scale by the users' commands, and committed."
+
+import json
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_continuous import CPU, KINDS, SMOKE, tables
+from test_notebooks import CLAIMS, check_pictures, papermill
+
+from gla_nb.evaluate import claims_table, read_table
+from gla_nb.figure5 import TASKS, domain_claims, domain_control_claims
+from gla_nb.projection_study import LOSSES, POOLS
+from gla_nb.train import find_experiment
+
+FIGURES = ["figure5", "figure5_controls"]
+
+
+def check_claims(folder, figure, scale):
+    "claims.csv follows from the two tables of the figure, as they are on the disk."
+    row = find_experiment("ant_projected", scale)
+    gap = row.train.gap
+    stated = (
+        domain_claims(gap) if figure == "figure5" else domain_control_claims(gap, row.baselines)
+    )
+    expected = claims_table(figure, stated, *tables(folder, figure))
+    found = read_table(folder / "claims.csv")
+    found = found[found["figure"] == figure].reset_index(drop=True)
+    assert len(found) and list(found.columns) == CLAIMS.split(",")
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=2e-5, atol=1e-9)
+    return found
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    "The folder of both, from nothing."
+    place = tmp_path_factory.mktemp("elsewhere")
+    (place / "work").mkdir()
+    for name in ("12_figure5", "13_projection_study"):
+        code, printed = papermill(place, name, f"{name}.ipynb", *SMOKE)
+        assert code == 0, printed
+    return place / "outputs" / "smoke"
+
+
+def test_they_leave_exactly_their_files(smoke):
+    rest = ["_claims.md", "_table.md", "_controls.md", ".json", ".png", ".pdf"]
+    expected = {f"figure5{kind}" for kind in KINDS + rest}
+    expected |= {f"figure5_controls{kind}" for kind in KINDS} | {"claims.csv"}
+    study = ("_losses.csv", "_table.md", ".json", ".png", ".pdf")
+    expected |= {f"projection_study{kind}" for kind in study}
+    assert set(os.listdir(smoke)) == expected
+    check_pictures(smoke)
+    about = json.loads((smoke / "figure5.json").read_text())
+    assert about["experiment"]["train"]["projection"] == "orthonormal" and about["seconds"]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_claims_are_recomputed_from_the_other_tables(smoke, figure):
+    claims = check_claims(smoke, figure, "smoke")
+    assert not claims.duplicated(["claim", "task"]).any()
+    assert set(claims["task"]) == set(TASKS)
+
+
+def test_every_task_has_every_curve(smoke):
+    _, bins = tables(smoke, "figure5")
+    curves = bins.groupby("task")["agent"].unique().map(sorted)
+    assert len(curves) == 5 and len({*map(tuple, curves)}) == 1
+    assert {"gla_1", "gla_2", "no_projection", "no_projection_native"} <= set(curves["ant"])
+    assert (bins.groupby(["task", "agent", "seed"]).size() == 32).all()
+    assert np.isfinite(bins["reward"]).all()
+
+
+def test_agents_without_projections_differ_natively_and_through_them(smoke):
+    _, bins = tables(smoke, "figure5")
+    reward = bins.set_index(["task", "agent", "seed", "bin"])["reward"].sort_index()
+    for task in TASKS:
+        native, through = (
+            reward[task, name].to_numpy() for name in ("no_projection_native", "no_projection")
+        )
+        assert np.abs(native - through).max() > 1e-4, task
+
+
+# -- the committed results, whatever they say: see the README ------------------------------------
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_committed_claims_follow_from_the_committed_tables(figure):
+    found = check_claims(CPU, figure, "cpu")
+    assert (found["seeds"] == 32).all()
+
+
+def test_the_committed_study_has_every_pool():
+    losses = read_table(CPU / "projection_study_losses.csv")
+    last = losses[losses["step"] == losses["step"].max()].set_index("agent")
+    assert {f"pool of {pool}" for pool in POOLS} < set(last.index)
+    assert np.isfinite(last[[*LOSSES]].to_numpy()).all()
+    # One projection is learned by heart: it says nothing about others. Of endless ones none is.
+    gap = last["unseen"] - last["train"]
+    assert gap["pool of 1"] > 1 > gap["pool of endless"]
+    alone = last["unseen"]["endless, no matching heads"]
+    assert last["unseen"]["pool of endless"] < alone - 1
