@@ -35,6 +35,11 @@ PAPER = [  # what the paper says, our figure, and a pattern of our claims
     ("... and few take the wrong one (ours)", "figure4", r"trained on both: more than 80 %"),
     ("Projected Ant-v4: learns to learn", "figure5", r"gla_\d improves within"),
     ("... by more than doing less brings (ours)", "figure5", r"gla_\d gains more than magnitude"),
+    (
+        "... and by more than from others' rewards (ours)",
+        "figure5",
+        r"gla_\d gains more than yoked",
+    ),
     ("... and by more than without projections", "figure5", r"gla_\d gains more than no_proj"),
     ("Without projections: no transfer", "figure5", r"no_projection.* does not improve"),
 ]

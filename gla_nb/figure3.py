@@ -105,12 +105,15 @@ def ppo_curves(histories) -> dict[str, Lifetimes]:
 
 
 def ppo_baselines(row: Experiment, seed: int) -> dict[str, Lifetimes]:
-    "PPO from scratch for as many interactions as a lifetime has, one run for each lifetime."
+    "PPO from scratch for as many interactions as a lifetime has, one each. Raises `ValueError`."
     found = {}
     for name, config in row.baselines.items():
         count = row.control_lifetimes or row.lifetimes
         config = replace(config, runs=count, seed=seed, stream="figure")
         interactions = row.control_interactions or row.interactions
+        made = config.updates * config.steps_per_update * config.streams
+        if made < interactions:
+            raise ValueError(f"{name} makes {made} interactions, and lifetimes have {interactions}")
         lifetimes = ppo_lifetimes(run_folders(collect(config)), interactions)
         seeds = seed * count + lifetimes.seeds
         found[name] = replace(lifetimes, agent=name, seeds=seeds)

@@ -31,7 +31,8 @@ def agent_plans(row: Experiment) -> dict:
         "gla_1": row.train,
         "gla_2": replace(row.train, seed=row.train.seed + 1),
         "hidden": replace(row.train, hide_rewards=True),
-        "no_projection": replace(row.train, projection="identity"),
+        # Matching heads would copy behaviour in any projection: the paper's agent has none.
+        "no_projection": replace(row.train, projection="identity", matching=0),
     }
 
 # %% ../nbs/12_figure5.ipynb #398c0409
@@ -46,6 +47,7 @@ def domain_curves(row: Experiment, agents: dict, seed: int, task: str) -> dict[s
         "gla_2": replace(first, agent=str(agents["gla_2"]), name="gla_2"),
         "no_projection": replace(bare, projection=row.train.projection, name="no_projection"),
         "no_projection_native": bare,
+        "yoked": replace(first, feedback="yoked", name="yoked"),
         "noise": replace(first, matched=True, name="magnitude_matched"),
         "random": replace(first, agent="random", name="random"),
         "zero": replace(first, agent="zero", name="zero"),
@@ -55,11 +57,14 @@ def domain_curves(row: Experiment, agents: dict, seed: int, task: str) -> dict[s
 def domain_controls(row: Experiment, first: MetaTest, hidden) -> dict[str, MetaTest]:
     "Controls of the first agent on its task, with the agent itself at their length."
     agent = shortened(row, first)
-    return {"gla_1": agent} | control_curves(replace(agent, name=""), {"hidden": hidden})
+    controls = control_curves(replace(agent, name=""), {"hidden": hidden})
+    return {"gla_1": agent} | controls
 
 # %% ../nbs/12_figure5.ipynb #479692aa
 def domain_claims(gap) -> list[Claim]:
     "The paper's claims about Figure 5, for two agents of one gap."
+    # Noise and foreign rewards are those of the first agent.
+    beside = {"gla_1": ("magnitude_matched", "yoked", "no_projection"), "gla_2": ("no_projection",)}
     claims = []
     for name in ("gla_1", "gla_2"):
         own = {"effect": "gain", "agent": name, "gap": gap, "tasks": TASKS, "level": 0.01}
@@ -67,7 +72,7 @@ def domain_claims(gap) -> list[Claim]:
             Claim(f"{name} improves within a lifetime", **own),
             *[
                 Claim(f"{name} gains more than {other}", against=other, against_gap=gap, **own)
-                for other in ("magnitude_matched", "no_projection")
+                for other in beside[name]
             ],
             Claim(
                 f"{name} runs forward in the end", "level", agent=name, gap=gap, level=0.01,

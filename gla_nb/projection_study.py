@@ -24,7 +24,7 @@ def study_rows(row: Experiment) -> dict[str, TrainConfig]:
     return rows | {"endless, no matching heads": replace(base, matching=0)}
 
 # %% ../nbs/13_projection_study.ipynb #f232ea4a
-LOSSES = {  # in the log: what it says
+LOSSES = {  # name: what it says
     "train": "training",
     "unseen": "unseen projections",
     "unseen_head": "unseen projections, first 16",

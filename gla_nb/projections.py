@@ -46,6 +46,11 @@ class TokenLayout:
             raise ValueError(f"sizes must be positive: {self.observation=}, {self.action=}")
         if self.projection and (check_law(self.projection) and self.discrete):
             raise ValueError("projections need Box actions: Discrete ones cannot be projected")
+        if self.projection and (self.observation, self.action) != SIZES:
+            raise ValueError(
+                f"sizes of {self.observation} and {self.action} with projection "
+                f"{self.projection!r}: projected observations and actions have {SIZES}"
+            )
         if self.normalise != 0 and self.normalise < 2:
             raise ValueError(
                 f"normalise is {self.normalise}: give the training context, at least 2 tokens, or 0"

@@ -203,7 +203,9 @@ def find_task(task) -> Task:
     if str(task) in TASKS:
         return TASKS[str(task)]
     if str(task).startswith("dm_control/"):
-        import shimmy  # noqa: F401  # registers the ids
+        with warnings.catch_warnings():  # it looks for a display, and needs none to simulate
+            warnings.filterwarnings("ignore", r".*DISPLAY environment variable is missing")
+            import shimmy  # noqa: F401  # registers the ids
     try:
         gym.spec(str(task))
         return Task(str(task), str(task))
@@ -251,6 +253,7 @@ def make_env(task) -> gym.Env:
     with warnings.catch_warnings():
         outdated = r".*The environment .* is out of date"
         warnings.filterwarnings("ignore", outdated, DeprecationWarning)
+
         env = gym.make(task.id, disable_env_checker=True, **task.kwargs)
     check_spaces(env)
     if isinstance(env.action_space, spaces.Box):

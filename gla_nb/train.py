@@ -9,11 +9,11 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers', 'share_of_one', 'Batch',
            'make_batch', 'agent_layout', 'own_dimensions', 'eta_values', 'sample_batch', 'floor_teacher', 'blurred',
            'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16',
-           'new_agent', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'unseen_projections',
-           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder',
-           'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure',
-           'read_log', 'train_all', 'training_progress', 'ship_agent', 'shipped_agent', 'Experiment', 'both_ways',
-           'projected', 'conditioned', 'find_experiment', 'running_scale']
+           'new_agent', 'check_shapes', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss',
+           'unseen_projections', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses',
+           'checkpoint_folder', 'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report',
+           'loss_figure', 'read_log', 'train_all', 'training_progress', 'Experiment', 'both_ways', 'projected',
+           'conditioned', 'find_experiment', 'ship_agent', 'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import json
@@ -129,6 +129,11 @@ def check_train_config(config: TrainConfig):
             raise ValueError(f"{name} is {share}: give a share of the sequences from 0 to below 1")
     if config.projection:
         check_law(config.projection)
+    elif config.matching or config.pool != "endless" or config.one_projection:
+        raise ValueError(
+            f"matching={config.matching}, pool={config.pool!r} and one_projection="
+            f"{config.one_projection} need a projection: name its law, or give none of them"
+        )
     if config.pool != "endless" and not (isinstance(config.pool, int) and config.pool >= 1):
         raise ValueError(f"pool is {config.pool!r}: give a number from 1, or 'endless'")
     if not 0 <= config.one_projection <= 1 or not 0 < config.one_projection_until <= 1:
@@ -591,6 +596,15 @@ def new_agent(config: TrainConfig, layout: TokenLayout) -> GLA:
     return GLA(shape, seed=seed_number("train", config.seed))
 
 
+def check_shapes(config: TrainConfig, table: TokenTable):
+    "Raise `ValueError` for tasks of several shapes where they need one."
+    shapes = np.unique(table.shapes, axis=0).tolist()
+    if len(shapes) > 1 and not config.projection:
+        raise ValueError(f"tasks of several shapes {shapes} need a projection: name its law")
+    if len(shapes) > 1 and (config.turned or config.objective == "nll"):
+        raise ValueError(f"turned and the objective nll need tasks of one shape, not {shapes}")
+
+
 def split_runs(counts: list[int], held_out: int) -> tuple[list[int], list[int]]:
     "Numbers of the training runs, and of the last ones of each task, held out. `ValueError`."
     training, kept, first = [], [], 0
@@ -621,20 +635,21 @@ class Trainer:
         cap = config.tokens if config.normalise else 0
         self.train_runs, self.held_out_runs = split_runs([*map(len, tasks)], config.held_out)
         self.table = token_table(sum(tasks, []), config.eta, self.device, cap)
+        check_shapes(config, self.table)
         self.bfloat16 = use_bfloat16(config.precision, self.device)
         model = new_agent(config, agent_layout(config, self.table.layout))
         optimizer = new_optimizer(config, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step, self.log, self.losses = 0, [], []
-        rng = np.random.default_rng(seed_sequence("validation", config.seed))
-        self.fixed = sample_batch(
-            config, self.table, self.held_out_runs, rng, config.batch, stream="validation"
-        )
-        self.projected = None  # known runs, unseen projections: has it learned to learn?
-        if config.projection:
-            self.projected = sample_batch(
-                config, self.table, self.train_runs, rng, config.batch, stream="validation"
-            )
+        self.fixed = self.validation(self.held_out_runs, 0)
+        # Known runs and unseen projections: has it learned to learn?
+        self.projected = self.validation(self.train_runs, 1) if config.projection else None
+
+    def validation(self, runs, number: int) -> tuple:
+        "A batch of `runs` that stays, as `sample_batch` gives it; its projections are of no pool."
+        config, more = replace(self.config, pool="endless"), (number,) * bool(number)
+        rng = np.random.default_rng(seed_sequence("validation", config.seed, *more))
+        return sample_batch(config, self.table, runs, rng, config.batch, stream="validation")
 
     @property
     def agent(self) -> GLA:
@@ -901,23 +916,6 @@ def training_progress(configs: list[TrainConfig], folders: list[Path]) -> str:
         parts.append(f"gap {config.gap}{kind}: {step}")
     return "training  " + "   ".join(parts)
 
-# %% ../nbs/03_train.ipynb #8ac50545
-def ship_agent(agent_folder, name: str) -> Path:
-    "Copy a trained agent to `outputs/agents/name` in bfloat16; returns its folder."
-    agent = GLA.from_pretrained(agent_folder)
-    folder = outputs_folder() / "agents" / name
-    agent.save_pretrained(folder, dtype=torch.bfloat16)
-    return folder
-
-
-def shipped_agent(name: str, config: TrainConfig) -> Path | None:
-    "The folder of the agent `name` that is shipped, where it was trained as `config` says."
-    folder = outputs_folder() / "agents" / name
-    if not (folder / "config.json").exists():
-        return None
-    about = read_json(folder / "config.json").get("about", {})
-    return folder if about.get("train") == plain(config) else None
-
 # %% ../nbs/03_train.ipynb #455e8d42
 @dataclass(frozen=True)
 class Experiment:
@@ -1011,6 +1009,10 @@ ANT_PAPER = replace(
     gaps=(32, 64, 128, 256, "max"),
     interactions=65536,
     control_interactions=32768,
+    baselines={
+        "ppo": replace(ANT.baselines["ppo"], updates=16),
+        "ppo_small_rollouts": replace(ANT.baselines["ppo_small_rollouts"], updates=128),
+    },
 )  # fmt: skip
 BOTH_WAYS = ("ant", "ant_backward")  # Ant-v4 is the forward task to the last bit
 
@@ -1051,13 +1053,11 @@ EXPERIMENTS = {
         projected(ANT),
         lifetimes=32,
         interactions=4000,
-        control_interactions=2000,
-        baselines={
-            "ppo": replace(ANT.baselines["ppo"], updates=1),
-            "ppo_small_rollouts": replace(ANT.baselines["ppo_small_rollouts"], updates=8),
-        },
+        control_interactions=None,
     ),
-    ("ant_projected", "paper"): replace(projected(ANT_PAPER), lifetimes=32),
+    ("ant_projected", "paper"): replace(
+        projected(ANT_PAPER), lifetimes=32, interactions=64_000, control_interactions=32_000
+    ),
     ("ant_dir", "smoke"): both_ways(ANT_SMOKE, gap=2),
     ("ant_dir", "cpu"): both_ways(ANT, gap=256, steps=700),
     ("ant_dir", "paper"): both_ways(ANT_PAPER, gap=256),
@@ -1098,6 +1098,29 @@ def find_experiment(name: str, scale: str = "cpu", seed: int = 0, gap=None) -> E
         )
     train = replace(row.train, gap=gap, seed=seed)
     return replace(row, collect=replace(row.collect, seed=seed), train=train)
+
+# %% ../nbs/03_train.ipynb #8ac50545
+def ship_agent(agent_folder, name: str, row: Experiment) -> Path:
+    """Copy a trained agent of an experiment to `outputs/agents/name`; returns its folder.
+
+    Its weights are rounded to bfloat16: it acts much as the agent does, and not bit for bit.
+    """
+    agent = GLA.from_pretrained(agent_folder)
+    folder = outputs_folder() / "agents" / name
+    about = agent.about | {"collect": plain(row.collect)}
+    agent.save_pretrained(folder, about=about, dtype=torch.bfloat16)
+    return folder
+
+
+def shipped_agent(name: str, row: Experiment) -> Path | None:
+    "The folder of the agent `name` that is shipped, if it was made as `row` says, or None."
+    folder = outputs_folder() / "agents" / name
+    if not (folder / "config.json").exists():
+        return None
+    about = read_json(folder / "config.json").get("about", {})
+    made = {"train": plain(row.train), "collect": plain(row.collect)}
+    made["tasks"] = [config.task for config in row.collects]
+    return folder if {key: about.get(key) for key in made} == made else None
 
 # %% ../nbs/03_train.ipynb #34f0a9ae
 def running_scale(scale: str) -> str:

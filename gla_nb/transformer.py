@@ -227,6 +227,7 @@ class Matching(nn.Module):
         "`x (B, T, width)` and its tokens to `(B, T, 16)`."
         *parts, out = self.project(x, tokens)
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, H, T, D)
+        q, k = (F.pad(part, (0, -MATCHED_SIZE % 4)) for part in (q, k))  # fused kernels want it
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0

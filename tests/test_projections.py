@@ -1,5 +1,6 @@
 "Random projections from the matrices to training and meta-testing on tasks of several shapes."
 
+import hashlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from gla_nb import train as training
 from gla_nb.collect import CollectConfig, collect, run_folders
 from gla_nb.evaluate import MetaTest, meta_test, run_meta_test
 from gla_nb.histories import open_history
 from gla_nb.projections import (
+    ACTION_SCALE,
     LAWS,
     Projections,
     TokenLayout,
@@ -20,6 +23,7 @@ from gla_nb.projections import (
 )
 from gla_nb.train import (
     TrainConfig,
+    Trainer,
     divergences,
     make_batch,
     plan_batch,
@@ -27,6 +31,7 @@ from gla_nb.train import (
     share_of_one,
     token_table,
     train,
+    train_step,
 )
 from gla_nb.transformer import GLA, GLAConfig, log_probability, sample
 
@@ -58,16 +63,17 @@ def table_of(folders, normalise=48):
 
 
 def digest(law):
-    "A number that every entry of some matrices changes."
+    "A hash of some matrices."
     drawn = draw_projections(law, [(27, 8), (11, 2)], "figure", [5, 6])
-    return float(sum((part.double() * (1 + np.pi)).sum() for part in vars(drawn).values()))
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for x in vars(drawn).values())).hexdigest()
 
 
 def test_another_process_draws_the_same_projections():
     code = "import sys; sys.path.insert(0, 'tests'); from test_projections import *; "
     code += "print(*map(digest, LAWS))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert [float(x) for x in done.stdout.split()] == [digest(law) for law in LAWS]
+    assert done.stdout.split() == [digest(law) for law in LAWS]
+    assert len({digest(law) for law in LAWS}) == len(LAWS)
 
 
 def test_streams_never_meet():
@@ -163,16 +169,52 @@ def test_tasks_of_two_shapes_train_in_one_batch(histories):
     same = make_batch(CONFIG, alone, replace(plan, **one))
     torch.testing.assert_close(same.tokens[0], batch.tokens[row])
     torch.testing.assert_close(same.teacher[0, :, :2], batch.teacher[row, :, :2])
-    # Its padding adds nothing to the loss, whatever the agent says there.
-    outputs = torch.randn(1, 48, 33, generator=torch.Generator().manual_seed(0))
-    short = divergences(CONFIG, False, same.projections.policy(outputs, -5, 2), same.teacher, None)
-    wide = draw_projections(
-        "orthonormal", table.shapes[plan.run[[row]]], "train", [[0, plan.projection[row]]], (17, 6)
-    ).policy(outputs, -5, 2)
-    wide = torch.where(batch.own[[row]], wide, batch.teacher[[row]])
-    long = divergences(CONFIG, False, wide, batch.teacher[[row]], None)
-    for name in ("forward", "reverse"):
-        torch.testing.assert_close(short[name], long[name])
+
+
+def test_padding_adds_nothing_to_the_loss(histories, tmp_path):
+    tasks = [[*map(open_history, run_folders(folder))] for folder in histories]
+    trainer = Trainer(CONFIG, tasks, tmp_path)
+    batch, plan = sample_batch(CONFIG, trainer.table, range(4), np.random.default_rng(0), 40)
+    with torch.no_grad():
+        terms = trainer.terms(batch)
+        outputs = trainer.model(batch.tokens)
+    policy = batch.projections.policy(outputs, -5, 2)
+    for row, (_, size) in enumerate(trainer.table.shapes[plan.run]):
+        own = np.r_[:size, 6 : 6 + size]  # means and log_stds without their padding
+        expected = divergences(CONFIG, False, policy[row, :, own], batch.teacher[row, :, own], None)
+        for name in ("forward", "reverse"):
+            torch.testing.assert_close(terms[name][row], expected[name])
+
+
+def test_losses_are_validated_on_projections_that_no_training_draws(histories, tmp_path):
+    tasks = [[*map(open_history, run_folders(folder))] for folder in histories]
+    for pool in ("endless", 1):
+        trainer = Trainer(replace(CONFIG, pool=pool), tasks, tmp_path)
+        for batch, plan in (trainer.fixed, trainer.projected):
+            assert len(set(plan.projection)) == CONFIG.batch
+            keys = np.stack([plan.projection * 0, plan.projection], 1)
+            drawn = draw_projections(
+                "orthonormal", trainer.table.shapes[plan.run], "validation", keys, (17, 6)
+            )
+            torch.testing.assert_close(batch.projections.observation, drawn.observation)
+        assert set(trainer.fixed[1].run) <= {1, 3} and set(trainer.projected[1].run) <= {0, 2}
+
+
+def test_training_keeps_one_projection_as_long_as_it_says(histories, tmp_path, monkeypatch):
+    config = replace(CONFIG, one_projection=1.0, one_projection_until=0.5, steps=2)
+    tasks = [[*map(open_history, run_folders(histories[0]))]]
+    trainer, plans = Trainer(config, tasks, tmp_path), []
+    sample = training.sample_batch
+
+    def spy(*args, **kwargs):
+        batch, plan = sample(*args, **kwargs)
+        plans.append(plan)
+        return batch, plan
+
+    monkeypatch.setattr(training, "sample_batch", spy)
+    for _ in range(2):
+        train_step(trainer)
+    assert (plans[0].projection == 0).all() and (plans[1].projection > 0).all()
 
 
 def test_an_agent_trained_on_two_shapes_acts_in_a_third(histories, tmp_path):
@@ -181,6 +223,38 @@ def test_an_agent_trained_on_two_shapes_acts_in_a_third(histories, tmp_path):
     assert np.isfinite(lifetimes.reward).all()
     log = np.array([p.detach().abs().sum() for p in GLA.from_pretrained(folder).parameters()])
     assert np.isfinite(log).all()
+
+
+class Listener:
+    "Acts alike through every projection, and keeps what it reads."
+
+    def __init__(self, agent):
+        self.agent, self.config, self.parameters = agent, agent.config, agent.parameters
+
+    def new_cache(self, lifetimes):
+        self.read = []
+        return self.agent.new_cache(lifetimes)
+
+    def step(self, tokens, cache, active=None):
+        active = torch.ones(len(tokens), dtype=torch.bool) if active is None else active
+        self.read.append(torch.where(active[:, None], tokens, 0.0))
+        return torch.zeros(len(tokens), 33)
+
+
+@pytest.mark.parametrize("task, shape", [("Reacher-v4", (11, 2)), ("ant", (27, 8))])
+def test_a_lifetime_is_read_through_its_own_projection_of_the_figure_stream(agent, task, shape):
+    listener, seeds = Listener(agent), [4, 9]
+    lifetimes = meta_test(listener, task, seeds, 120)
+    seen = torch.stack(listener.read, 1)  # (L, T, 148)
+    same = meta_test(listener, task, seeds, 120, projection="identity")
+    raw = torch.stack(listener.read, 1)
+    np.testing.assert_array_equal(lifetimes.reward, same.reward)
+    drawn = draw_projections("orthonormal", [shape] * 2, "figure", seeds)
+    now, before, action, rest = raw.split((64, 64, 16, LAYOUT.width - 144), -1)
+    assert (now[..., shape[0] :] == 0).all() and now[..., : shape[0]].std() > 0.3
+    expected = [drawn.observations(part[..., : shape[0]]) for part in (now, before)]
+    expected += [drawn.actions(action[..., : shape[1]] / ACTION_SCALE), rest]
+    torch.testing.assert_close(seen, torch.cat(expected, -1), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +279,7 @@ def test_what_does_not_fit_is_refused(agent):
     with pytest.raises(ValueError, match="continuous actions, but this task needs"):
         meta_test(agent, "CartPole-v1", [0], 9)
     with pytest.raises(ValueError, match="pool is 0"):
-        TrainConfig(pool=0)
+        TrainConfig(projection="orthonormal", pool=0)
     bare = GLA(GLAConfig(TokenLayout(11, 2, False), layers=1, width=16, heads=1, window=8), seed=0)
     with pytest.raises(ValueError, match="trained without projections"):
         meta_test(bare, "Reacher-v4", [0], 9, projection="orthonormal")
