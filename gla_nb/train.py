@@ -13,7 +13,7 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'unseen_projections', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses',
            'checkpoint_folder', 'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report',
            'loss_figure', 'read_log', 'train_all', 'training_progress', 'Experiment', 'both_ways', 'projected',
-           'conditioned', 'find_experiment', 'ship_agent', 'shipped_agent', 'running_scale']
+           'conditioned', 'find_experiment', 'made_by', 'ship_agent', 'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import json
@@ -1100,15 +1100,20 @@ def find_experiment(name: str, scale: str = "cpu", seed: int = 0, gap=None) -> E
     return replace(row, collect=replace(row.collect, seed=seed), train=train)
 
 # %% ../nbs/03_train.ipynb #8ac50545
+def made_by(row: Experiment) -> dict:
+    "What the agent of an experiment depends on, as it stands in its `config.json`."
+    tasks = [config.task for config in row.collects]
+    return {"train": plain(row.train), "collect": plain(row.collect), "collected": tasks}
+
+
 def ship_agent(agent_folder, name: str, row: Experiment) -> Path:
-    """Copy a trained agent of an experiment to `outputs/agents/name`; returns its folder.
+    """Copy the trained agent of an experiment to `outputs/agents/name`; returns its folder.
 
     Its weights are rounded to bfloat16: it acts much as the agent does, and not bit for bit.
     """
     agent = GLA.from_pretrained(agent_folder)
     folder = outputs_folder() / "agents" / name
-    about = agent.about | {"collect": plain(row.collect)}
-    agent.save_pretrained(folder, about=about, dtype=torch.bfloat16)
+    agent.save_pretrained(folder, about=agent.about | made_by(row), dtype=torch.bfloat16)
     return folder
 
 
@@ -1118,8 +1123,7 @@ def shipped_agent(name: str, row: Experiment) -> Path | None:
     if not (folder / "config.json").exists():
         return None
     about = read_json(folder / "config.json").get("about", {})
-    made = {"train": plain(row.train), "collect": plain(row.collect)}
-    made["tasks"] = [config.task for config in row.collects]
+    made = made_by(row)
     return folder if {key: about.get(key) for key in made} == made else None
 
 # %% ../nbs/03_train.ipynb #34f0a9ae

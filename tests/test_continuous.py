@@ -213,9 +213,12 @@ def test_committed_agent_of_both_directions_finds_out_which_is_paid(task):
     _, bins = tables(CPU, "figure4")
     ours = {"agent": "gla_both", "task": task}
     late = per_lifetime(bins, "forward_reward", 24, 32, **ours)
-    gain = late - per_lifetime(bins, "forward_reward", 0, 2, **ours)  # since its first window
     assert len(late) == 64 and (late > 0).mean() >= 0.8
-    assert gain.mean() > 0 and paired_test(gain) < 0.01
+    window = per_lifetime(bins, "forward_reward", 0, 2, **ours)  # its first window of attention
+    half = per_lifetime(bins, "forward_reward", 12, 16, **ours)
+    half -= per_lifetime(bins, "forward_reward", 0, 4, **ours)
+    for rise in (late - window, half):
+        assert rise.mean() > 0.5 and paired_test(rise) < 0.01
 
 
 def test_committed_agent_of_one_direction_does_not_run_the_other_way():

@@ -993,7 +993,7 @@ def test_a_shipped_agent_stands_in_for_exactly_its_experiment(tmp_path, monkeypa
     monkeypatch.setenv("GLA_NB_OUTPUTS", str(tmp_path))
     row = replace(find_experiment("grid", "smoke"), tasks=())
     agent = new_agent(row.train, TokenLayout(9, 4, True))
-    about = {"gap": 4, "train": plain(row.train), "tasks": ["grid"]}
+    about = {"gap": 4}
     agent.save_pretrained(tmp_path / "trained", about=about)
     assert shipped_agent("tiny", row) is None
     folder = ship_agent(tmp_path / "trained", "tiny", row)
