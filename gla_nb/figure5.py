@@ -125,7 +125,8 @@ def domain_table(bins) -> pd.DataFrame:
             "action RMS": strength.groupby(CURVE).mean().map(short),
         }
     )
-    return table.fillna("").reindex(dict.fromkeys(last.droplevel("seed").index)).reset_index()
+    order = dict.fromkeys(last.droplevel("seed").index)
+    return table.astype(object).fillna("").reindex(order).reset_index()
 
 # %% ../nbs/12_figure5.ipynb #9a5b0706
 LOOKS = {  # label: colour

@@ -14,7 +14,7 @@ from .train import Experiment, TrainConfig
 
 # %% ../nbs/13_projection_study.ipynb #4e56b0de
 POOLS = (1, 16, 256, 4096, "endless")
-STEPS = 300  # of each row, at most
+STEPS = 200  # of each row, at most
 
 
 def study_rows(row: Experiment) -> dict[str, TrainConfig]:
