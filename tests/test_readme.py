@@ -21,6 +21,8 @@ TABLES = [
     "figure4_table",
     "figure4_controls",
     "long_lifetimes_table",
+    "figure5_table",
+    "projection_study_table",
     "conditioning_claims",
     "claims",
 ]
