@@ -113,7 +113,7 @@ def direction_claims(gap) -> list[Claim]:
         ),
     ]  # fmt: skip
 
-
+# %% ../nbs/11_figure4.ipynb #3d1572ce
 def direction_control_claims(gap) -> list[Claim]:
     "Without its own rewards the agent runs right as often as chance has it."
     chance = {"tasks": DIRECTIONS, "pooled": True, "against": 0.5}

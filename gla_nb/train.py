@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'ANT', 'ANT_SMOKE', 'ANT_PAPER', 'BOTH_WAYS',
            'EXPERIMENTS', 'TrainConfig', 'check_gap', 'check_train_config', 'TokenTable', 'history_tokens',
-           'smooth_returns', 'token_table', 'flat_rows', 'padded', 'Plan', 'draw_gaps', 'chain_updates',
-           'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers', 'share_of_one', 'Batch',
-           'make_batch', 'agent_layout', 'own_dimensions', 'eta_values', 'sample_batch', 'floor_teacher', 'blurred',
-           'divergences', 'divergence', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16',
-           'new_agent', 'check_shapes', 'split_runs', 'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss',
-           'unseen_projections', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses',
-           'checkpoint_folder', 'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report',
-           'loss_figure', 'read_log', 'train_all', 'training_progress', 'Experiment', 'both_ways', 'projected',
-           'conditioned', 'find_experiment', 'made_by', 'ship_agent', 'shipped_agent', 'running_scale']
+           'smooth_returns', 'token_table', 'check_agreement', 'flat_rows', 'padded', 'Plan', 'draw_gaps',
+           'chain_updates', 'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers',
+           'share_of_one', 'Batch', 'make_batch', 'new_projections', 'agent_layout', 'own_dimensions', 'eta_values',
+           'sample_batch', 'floor_teacher', 'blurred', 'divergences', 'divergence', 'segment_losses', 'by_segment',
+           'masked_mean', 'learning_rate', 'use_bfloat16', 'new_agent', 'check_shapes', 'split_runs', 'Trainer',
+           'new_optimizer', 'train_step', 'evaluate_loss', 'unseen_projections', 'save_checkpoint', 'read_checkpoint',
+           'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card', 'train',
+           'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all', 'training_progress',
+           'Experiment', 'both_ways', 'projected', 'conditioned', 'find_experiment', 'made_by', 'ship_agent',
+           'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import json
@@ -220,13 +221,7 @@ def token_table(histories: list[History], eta=(), device="cpu", normalise: int =
 
     With Box actions observations and actions may be of several sizes: they are padded with zeros.
     """
-    kinds = {(h.updates, h.streams, h.every, h.discrete) for h in histories}
-    shapes = np.array([(h.observation.shape[2], h.actions) for h in histories])
-    if len(kinds) != 1 or (histories[0].discrete and len(np.unique(shapes, axis=0)) != 1):
-        raise ValueError(
-            "histories must agree in updates, streams, every and kind of action, and discrete ones "
-            f"in shape, but there are {sorted(map(str, kinds))} of {np.unique(shapes, axis=0)}"
-        )
+    shapes = check_agreement(histories)
     parts, starts, rows, tokens = [], [], 0, 0
     for history in histories:
         row, end, first, start = history_tokens(history)
@@ -249,6 +244,21 @@ def token_table(histories: list[History], eta=(), device="cpu", normalise: int =
         task=np.unique([str(h.meta.get("task")) for h in histories], return_inverse=True)[1],
         shapes=shapes,
     )
+
+# %% ../nbs/03_train.ipynb #066ec02c
+def check_agreement(histories: list[History]) -> np.ndarray:
+    """The shapes (runs, 2) of observations and actions. `ValueError` where histories must agree.
+
+    With Box actions their sizes may differ: smaller ones are padded with zeros.
+    """
+    kinds = {
+        (h.observation.shape[2:], h.actions, h.updates, h.streams, h.every, h.discrete)
+        for h in histories
+    }
+    sizes = 0 if histories[0].discrete else 2
+    if len({kind[sizes:] for kind in kinds}) != 1:
+        raise ValueError(f"histories must agree in shape, but there are {sorted(map(str, kinds))}")
+    return np.array([(h.observation.shape[2], h.actions) for h in histories])
 
 
 def flat_rows(histories: list[History], name: str) -> torch.Tensor:
@@ -431,12 +441,9 @@ def make_batch(
     now, before, reward = normalise_sequences(
         table.layout, now, rows["observation"][previous], reward, first
     )
+    projections = new_projections(config, table, plan, stream)
     action = rows["executed_action"][previous]
-    projections = None
-    if config.projection:
-        keys = np.stack([np.full(len(plan.run), config.seed), plan.projection], 1)
-        shapes = table.shapes[plan.run]
-        projections = draw_projections(config.projection, shapes, stream, keys, table.widest)
+    if projections is not None:
         projections = projections.to(device)
         now, before = projections.observations(now), projections.observations(before)
         action = projections.actions(action)
@@ -455,6 +462,15 @@ def make_batch(
     own = own if own is None else own.to(device)
     teacher, action = rows["distribution"][row], rows["action"][row]
     return Batch(tokens, teacher, action, weight.float(), projections, own)
+
+# %% ../nbs/03_train.ipynb #ec7400c4
+def new_projections(config: TrainConfig, table: TokenTable, plan: Plan, stream: str):
+    "The `Projections` of the sequences of a plan, or None."
+    if not config.projection:
+        return None
+    keys = np.stack([np.full(len(plan.run), config.seed), plan.projection], 1)
+    shapes = table.shapes[plan.run]
+    return draw_projections(config.projection, shapes, stream, keys, table.widest)
 
 
 def agent_layout(config: TrainConfig, task: TokenLayout) -> TokenLayout:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from gla_nb.collect import CollectConfig, collect, run_folders
 from gla_nb.evaluate import meta_test
 from gla_nb.histories import HistoryError, export_histories, open_history, update_returns
 from gla_nb.projections import TokenLayout
-from gla_nb.stages import plain
 from gla_nb.tasks import TASKS, Task
 from gla_nb.train import (
     EXPERIMENTS,
@@ -966,7 +966,9 @@ def test_rows_of_the_table_of_experiments():
             changed = {"gap": row.train.gap, "seed": row.train.seed}
             assert training.replace(found.train, **changed) == row.train
             assert training.replace(found.collect, seed=row.collect.seed) == row.collect
-        if name.startswith("ant"):  # the claims count windows of attention by their bins
+        if name == "ant_projected":  # four episodes of tasks that last 1,000 steps, or a multiple
+            assert scale == "smoke" or row.interactions % 4000 == 0
+        elif name.startswith("ant"):  # the claims count windows of attention by their bins
             assert row.interactions == 16 * row.train.tokens
         # Segments must fit into the updates of that experiment, and runs must be left to train on.
         assert row.train.segment_max <= row.collect.steps_per_update
@@ -1006,3 +1008,14 @@ def test_a_shipped_agent_stands_in_for_exactly_its_experiment(tmp_path, monkeypa
         torch.testing.assert_close(ours, theirs.bfloat16().float())
     sizes = [(f / "model.safetensors").stat().st_size for f in (folder, tmp_path / "trained")]
     assert sizes[0] < 0.7 * sizes[1]
+
+
+@pytest.mark.parametrize("name", ["ant", "ant_dir", "ant_projected"])
+def test_the_shipped_agents_are_those_of_the_experiments(name, monkeypatch):
+    monkeypatch.setenv("GLA_NB_OUTPUTS", str(Path(__file__).resolve().parents[1] / "outputs"))
+    folder = shipped_agent(name, find_experiment(name, "cpu"))
+    assert folder is not None, "make figures SCALE=cpu ships them"
+    weights = (folder / "model.safetensors").stat().st_size
+    assert 1_000_000 < weights < 16_000_000
+    lifetimes = meta_test(GLA.from_pretrained(folder), "ant", [0, 1], 40)
+    assert np.isfinite(lifetimes.reward).all() and lifetimes.action_rms.mean() < 0.6
