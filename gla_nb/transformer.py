@@ -206,7 +206,8 @@ class Matching(nn.Module):
         self.look = nn.Linear(config.width, 2 * heads * LEARNED, bias=False)
         self.gates = nn.Linear(config.width, 2 * heads)
         # From a kernel as wide as all observations to one that only knows the nearest ones.
-        self.sharpness = nn.Parameter(torch.linspace(-4, -1, heads) if heads > 1 else torch.ones(1))
+        spread = torch.linspace(-4, -1, heads) if heads > 1 else torch.full((1,), -2.5)
+        self.sharpness = nn.Parameter(spread)
 
     def project(self, x, tokens):
         "Queries and keys `(..., heads, 81)`, values `(..., heads, 16)`, and gates `(..., heads)`."
