@@ -16,6 +16,7 @@ from gla_nb.conditioning import request_claims
 from gla_nb.evaluate import bootstrap_interval, claims_table, paired_test, read_table
 from gla_nb.figure3 import figure_claims
 from gla_nb.figure4 import direction_claims, direction_control_claims
+from gla_nb.figure5 import domain_claims, domain_control_claims
 from gla_nb.long_lifetimes import forgetting_claims
 from gla_nb.train import find_experiment
 
@@ -39,6 +40,10 @@ def claims_of(figure, scale, episodes, bins):
         return request_claims(find_experiment("ant_told", scale))
     if figure == "long_lifetimes":
         return forgetting_claims(find_experiment("ant", scale).train.gap)
+    if figure.startswith("figure5"):
+        row = find_experiment("ant_projected", scale)
+        controls = domain_control_claims(row.train.gap, row.baselines)
+        return controls if "controls" in figure else domain_claims(row.train.gap)
     gap = find_experiment("ant_dir", scale).train.gap
     return (direction_control_claims if "controls" in figure else direction_claims)(gap)
 

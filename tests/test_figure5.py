@@ -4,32 +4,15 @@ import json
 import os
 
 import numpy as np
-import pandas as pd
 import pytest
-from test_continuous import CPU, KINDS, SMOKE, tables
-from test_notebooks import CLAIMS, check_pictures, papermill
+from test_continuous import CPU, KINDS, SMOKE, check_claims, tables
+from test_notebooks import check_pictures, papermill
 
-from gla_nb.evaluate import claims_table, read_table
-from gla_nb.figure5 import TASKS, domain_claims, domain_control_claims
+from gla_nb.evaluate import read_table
+from gla_nb.figure5 import TASKS
 from gla_nb.projection_study import LOSSES, POOLS
-from gla_nb.train import find_experiment
 
 FIGURES = ["figure5", "figure5_controls"]
-
-
-def check_claims(folder, figure, scale):
-    "claims.csv follows from the two tables of the figure, as they are on the disk."
-    row = find_experiment("ant_projected", scale)
-    gap = row.train.gap
-    stated = (
-        domain_claims(gap) if figure == "figure5" else domain_control_claims(gap, row.baselines)
-    )
-    expected = claims_table(figure, stated, *tables(folder, figure))
-    found = read_table(folder / "claims.csv")
-    found = found[found["figure"] == figure].reset_index(drop=True)
-    assert len(found) and list(found.columns) == CLAIMS.split(",")
-    pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=2e-5, atol=1e-9)
-    return found
 
 
 @pytest.fixture(scope="module")
