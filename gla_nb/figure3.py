@@ -6,9 +6,9 @@
 __all__ = ['CONTROLS', 'LAST', 'EARLY', 'LATE', 'CLEANRL', 'gap_curves', 'other_agents', 'control_curves', 'still_curves',
            'shortened', 'is_continuous', 'ppo_curves', 'ppo_baselines', 'gap_claims', 'ppo_claims', 'control_claims',
            'learning_claims', 'keeping_claim', 'continuous_claims', 'continuous_control_claims', 'figure_claims',
-           'curve_table', 'short', 'readable', 'markdown', 'interval', 'continuous_table', 'plot_gaps', 'plot_controls',
-           'write_text', 'write_record', 'save_figure', 'episode_lengths', 'curve_colors', 'plot_continuous',
-           'update_means', 'plot_ppo', 'plot_continuous_controls']
+           'curve_table', 'short', 'readable', 'markdown', 'interval', 'by_curve', 'quarters', 'strength', 'curve_rows',
+           'continuous_table', 'plot_gaps', 'plot_controls', 'write_text', 'write_record', 'save_figure',
+           'episode_lengths', 'curve_colors', 'plot_continuous', 'update_means', 'plot_ppo', 'plot_continuous_controls']
 
 # %% ../nbs/10_figure3.ipynb #6c66993e
 from dataclasses import replace
@@ -340,30 +340,49 @@ def interval(values) -> str:
     return "[{}, {}]".format(*map(short, bootstrap_interval(values)))
 
 
+def by_curve(values: pd.Series, name=short) -> pd.Series:
+    "The mean over the lifetimes of each curve, as text; empty where nothing was measured."
+    return values.groupby(CURVE).mean().map(name, na_action="ignore")
+
+
+def quarters(bins, column: str = "reward") -> dict:
+    "Columns of a table: lifetimes of each curve, its first and last quarter, and the gain."
+    first, last = level(bins, column, 0, N_BINS // 4), level(bins, column, *LAST)
+    gains = gain(bins, column)
+    return {
+        "lifetimes": last.groupby(CURVE, sort=False).size(),
+        "first quarter": by_curve(first),
+        "last quarter": by_curve(last),
+        "gain": by_curve(gains),
+        "95 % interval": gains.groupby(CURVE).agg(interval),
+    }
+
+
+def strength(bins) -> dict:
+    "Columns of a table: forward reward and action RMS in the last quarter of each curve."
+    names = {"forward reward": "forward_reward", "action RMS": "action_rms"}
+    return {label: by_curve(level(bins, name, *LAST)) for label, name in names.items()}
+
+
+def curve_rows(columns: dict, bins) -> pd.DataFrame:
+    "A row for each curve, in the order of the table of bins; what was not measured is empty."
+    order = dict.fromkeys(bins[CURVE].itertuples(index=False, name=None))
+    table = pd.DataFrame(columns).astype(object)
+    return table.where(table.notna(), "").reindex(order).rename_axis(CURVE).reset_index()
+
+# %% ../nbs/10_figure3.ipynb #b00b791f
 def continuous_table(episodes, bins) -> pd.DataFrame:
     "One row for each curve: first episode, reward per step, gain, forward reward, action RMS."
-    first, last = level(bins, "reward", 0, N_BINS // 4), level(bins, "reward", *LAST)
-    start, gains = first_episode(episodes), gain(bins)
-    forward, strength = (level(bins, name, *LAST) for name in ("forward_reward", "action_rms"))
+    columns, last = quarters(bins), level(bins, "reward", *LAST)
+    lifetimes = {"lifetimes": columns.pop("lifetimes")}
+    start = {"first episode": by_curve(first_episode(episodes))}
+    columns = lifetimes | start | columns | strength(bins)
     found = last.groupby("agent").mean()
-    table = pd.DataFrame(
-        {
-            "lifetimes": last.groupby(CURVE, sort=False).size(),
-            "first episode": start.groupby(CURVE).mean().map(short),
-            "first quarter": first.groupby(CURVE).mean().map(short),
-            "last quarter": last.groupby(CURVE).mean().map(short),
-            "gain": gains.groupby(CURVE).mean().map(short),
-            "95 % interval": gains.groupby(CURVE).agg(interval),
-            "forward reward": forward.groupby(CURVE).mean().map(short),
-            "action RMS": strength.groupby(CURVE).mean().map(short),
-        }
-    )
     if {"random", "ppo_source"} <= set(found.index):
         best = level(bins, "reward", N_BINS - 1, N_BINS).groupby("agent").mean()["ppo_source"]
         score = (last - found["random"]) / (best - found["random"])
-        table["score"] = score.groupby(CURVE).mean().map("{:.2f}".format)
-    table = table.fillna("").reindex(dict.fromkeys(last.droplevel("seed").index))
-    return table.reset_index().drop(columns="task")
+        columns["score"] = by_curve(score, "{:.2f}".format)
+    return curve_rows(columns, bins).drop(columns="task")
 
 # %% ../nbs/10_figure3.ipynb #c4e60066
 def plot_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):

@@ -19,13 +19,11 @@ from gla_nb.evaluate import (
     Lifetimes,
     MetaTest,
     bins_table,
-    gain,
-    level,
     plot_bins,
     plot_returns,
     runs_right,
 )
-from .figure3 import LAST, interval, short, shortened
+from .figure3 import LAST, by_curve, curve_rows, quarters, shortened
 from .train import Experiment
 
 # %% ../nbs/11_figure4.ipynb #1a70648c
@@ -135,22 +133,13 @@ def direction_control_claims(gap) -> list[Claim]:
 # %% ../nbs/11_figure4.ipynb #b3894f1e
 def direction_table(bins) -> pd.DataFrame:
     "One row for each curve of a table of bins; velocities in m/s, and numbers of lifetimes."
-    first = level(bins, "forward_reward", 0, N_BINS // 4)
-    last, right = level(bins, "forward_reward", *LAST), runs_right(bins)
-    gains = gain(bins, "forward_reward")
-    table = pd.DataFrame(
-        {
-            "lifetimes": last.groupby(CURVE, sort=False).size(),
-            "first quarter": first.groupby(CURVE).mean().map(short),
-            "last quarter": last.groupby(CURVE).mean().map(short),
-            "gain": gains.groupby(CURVE).mean().map(short),
-            "95 % interval": gains.groupby(CURVE).agg(interval),
-            "run right": right.groupby(CURVE).sum().astype(int),
-            "run wrong": (1 - right).groupby(CURVE).sum().astype(int),
-            "share right": right.groupby(CURVE).mean().map("{:.0%}".format),
-        }
-    )
-    return table.reindex(dict.fromkeys(last.droplevel("seed").index)).reset_index()
+    right = runs_right(bins)
+    columns = {
+        "run right": right.groupby(CURVE).sum().astype(int),
+        "run wrong": (1 - right).groupby(CURVE).sum().astype(int),
+        "share right": by_curve(right, "{:.0%}".format),
+    }
+    return curve_rows(quarters(bins, "forward_reward") | columns, bins)
 
 # %% ../nbs/11_figure4.ipynb #f89a2131
 def early_and_late(lifetimes: Lifetimes) -> np.ndarray:

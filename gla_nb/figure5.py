@@ -11,8 +11,16 @@ from dataclasses import replace
 
 import pandas as pd
 
-from .evaluate import CURVE, N_BINS, Claim, Lifetimes, MetaTest, gain, level, plot_bins
-from .figure3 import LAST, control_curves, interval, ppo_baselines, short, shortened
+from .evaluate import Claim, Lifetimes, MetaTest, plot_bins
+from gla_nb.figure3 import (
+    LAST,
+    control_curves,
+    curve_rows,
+    ppo_baselines,
+    quarters,
+    shortened,
+    strength,
+)
 from .train import Experiment
 
 # %% ../nbs/12_figure5.ipynb #9f0d514d
@@ -111,22 +119,7 @@ def domain_baselines(row: Experiment, seed: int, task: str) -> dict[str, Lifetim
 
 def domain_table(bins) -> pd.DataFrame:
     "One row for each task and curve of a table of bins: reward per step, gain, forward reward."
-    first, last = level(bins, "reward", 0, N_BINS // 4), level(bins, "reward", *LAST)
-    gains = gain(bins)
-    forward, strength = (level(bins, name, *LAST) for name in ("forward_reward", "action_rms"))
-    table = pd.DataFrame(
-        {
-            "lifetimes": last.groupby(CURVE, sort=False).size(),
-            "first quarter": first.groupby(CURVE).mean().map(short),
-            "last quarter": last.groupby(CURVE).mean().map(short),
-            "gain": gains.groupby(CURVE).mean().map(short),
-            "95 % interval": gains.groupby(CURVE).agg(interval),
-            "forward reward": forward.groupby(CURVE).mean().map(short, na_action="ignore"),
-            "action RMS": strength.groupby(CURVE).mean().map(short),
-        }
-    )
-    order = dict.fromkeys(last.droplevel("seed").index)
-    return table.astype(object).fillna("").reindex(order).reset_index()
+    return curve_rows(quarters(bins) | strength(bins), bins)
 
 # %% ../nbs/12_figure5.ipynb #9a5b0706
 LOOKS = {  # label: colour

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ETA', 'LIMIT', 'EPSILON', 'SIZES', 'LAWS', 'ACTION_SCALE', 'PROJECTION', 'TokenLayout', 'make_tokens',
            'RunningMoments', 'running_mean', 'sequence_moments', 'divide', 'standardise', 'reward_inputs',
-           'normalise_sequences', 'Normaliser', 'check_law', 'check_size', 'random_matrices', 'signed_permutation',
-           'Projections', 'apply', 'draw_projections', 'channel_scale']
+           'normalise_sequences', 'Normaliser', 'check_law', 'check_projected', 'check_size', 'random_matrices',
+           'signed_permutation', 'Projections', 'apply', 'draw_projections', 'channel_scale']
 
 # %% ../nbs/02a_projections.ipynb #decb441c
 import math
@@ -44,13 +44,8 @@ class TokenLayout:
             raise ValueError(f"unknown eta {sorted(unknown)}: use any of {', '.join(ETA)}")
         if self.observation < 1 or self.action < 1:
             raise ValueError(f"sizes must be positive: {self.observation=}, {self.action=}")
-        if self.projection and (check_law(self.projection) and self.discrete):
-            raise ValueError("projections need Box actions: Discrete ones cannot be projected")
-        if self.projection and (self.observation, self.action) != SIZES:
-            raise ValueError(
-                f"sizes of {self.observation} and {self.action} with projection "
-                f"{self.projection!r}: projected observations and actions have {SIZES}"
-            )
+        if self.projection:
+            check_projected(self)
         if self.normalise != 0 and self.normalise < 2:
             raise ValueError(
                 f"normalise is {self.normalise}: give the training context, at least 2 tokens, or 0"
@@ -209,6 +204,18 @@ def check_law(law: str) -> str:
     if law not in LAWS:
         raise ValueError(f"unknown projection {law!r}: use one of {', '.join(LAWS)}")
     return law
+
+
+def check_projected(layout: TokenLayout):
+    "Raise `ValueError` for a layout that projections cannot fill."
+    check_law(layout.projection)
+    if layout.discrete:
+        raise ValueError("projections need Box actions: Discrete ones cannot be projected")
+    if (layout.observation, layout.action) != SIZES:
+        raise ValueError(
+            f"sizes of {layout.observation} and {layout.action} with projection "
+            f"{layout.projection!r}: projected observations and actions have {SIZES}"
+        )
 
 
 def check_size(law: str, size: int, dimensions: int, what: str):

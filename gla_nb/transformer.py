@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
-from .projections import SIZES, TokenLayout
+from .projections import ACTION_SCALE, SIZES, TokenLayout
 from .stages import make_folder, plain, read_json, storage_error, versions, write_json
 
 # %% ../nbs/02b_transformer.ipynb #bb61ea7e
@@ -222,7 +222,8 @@ class Matching(nn.Module):
         past = torch.cat([before, square], -1)[..., None, :].expand(*seen.shape)
         query = torch.cat([seen, query * LEARNED**-0.5], -1)
         values = (1 + value)[..., None] * action[..., None, :]
-        return query, torch.cat([past, key], -1), values, out + 0.5 / out.shape[-1]
+        mean = 1 / (ACTION_SCALE * out.shape[-1])  # at first the heads average what they copy
+        return query, torch.cat([past, key], -1), values, out + mean
 
     def forward(self, x, tokens, mask):
         "`x (B, T, width)` and its tokens to `(B, T, 16)`."
