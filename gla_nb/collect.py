@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['CollectConfig', 'GymnasiumVecEnv', 'Recorder', 'policy_distribution', 'HistoryCallback', 'run_seeds',
-           'own_generators', 'make_ppo', 'is_complete', 'collect_run', 'Progress', 'updates_done', 'collect',
-           'run_folders', 'learning_curves', 'plot_learning_curves']
+           'own_generators', 'make_ppo', 'is_complete', 'collect_run', 'Progress', 'updates_done', 'collect_config',
+           'collect', 'run_folders', 'learning_curves', 'plot_learning_curves']
 
 # %% ../nbs/01b_collect.ipynb #102cc8ce
+import difflib
+import pickle
 import random
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +41,14 @@ from gla_nb.stages import (
     stage_folder,
 )
 from gla_nb.tasks import (
+    TaskError,
     check_finite,
+    code_hash,
     final_observations,
     find_task,
     forward_rewards,
     make_vector_env,
+    registering,
     reports_forward,
 )
 
@@ -52,7 +57,7 @@ from gla_nb.tasks import (
 class CollectConfig:
     "PPO runs of one task. Fields that count must be at least 1, or `ValueError`."
 
-    task: str = "grid"  # a name in `gla_nb.tasks.TASKS`, or any id of gymnasium or dm_control
+    task: object = "grid"  # as in `gla_nb.tasks.find_task`: a name, an id, your own environment
     runs: int = 8  # independent PPO runs, each with its own seed
     updates: int = 80  # PPO updates of a run
     streams: int = 16  # environments that a run steps in parallel
@@ -268,7 +273,8 @@ def collect_run(config, run, folder):
             model, recorder = make_ppo(config, run)
             plan = {"streams": config.streams, "updates": config.updates, "seed": seed}
             plan |= {"steps_per_update": config.steps_per_update, "task": config.task}
-            plan |= {"observation_space": recorder.observation_space, "config": config}
+            named = replace(config, task=find_task(config.task).name)
+            plan |= {"observation_space": recorder.observation_space, "config": named}
             plan |= {"forward_reward": recorder.forward}
             with HistoryWriter(folder, action_space=recorder.action_space, **plan) as writer:
                 rows = config.updates * config.steps_per_update * config.streams
@@ -306,25 +312,51 @@ def updates_done(folder) -> int:
     except FileNotFoundError:
         return 0
 
-# %% ../nbs/01b_collect.ipynb #d536d435
-def collect(config, jobs=None) -> Path:
-    """Collect all runs of `config` in `jobs` processes (one per core) and return their folder.
+# %% ../nbs/01b_collect.ipynb #e1950f30
+def collect_config(config_or_task, changes: dict) -> CollectConfig:
+    "A ready configuration, or that of a task with the given fields. Raises `ValueError`."
+    if isinstance(config_or_task, CollectConfig):
+        if changes:
+            raise ValueError(f"{sorted(changes)} beside a CollectConfig: put them into it")
+        return config_or_task
+    known = [field.name for field in fields(CollectConfig) if field.name != "task"]
+    for name in changes:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            near = f"did you mean {close[0]!r}?" if close else f"use some of {', '.join(known)}"
+            raise ValueError(f"CollectConfig has no field {name!r}: {near}")
+    return CollectConfig(task=config_or_task, **changes)
 
-    Raises `ValueError` for an unknown task, unsupported spaces or NaN from an environment,
-    `HistoryError` for a damaged or foreign history in the way, `OSError` where nothing fits.
+# %% ../nbs/01b_collect.ipynb #d536d435
+def collect(config_or_task, jobs=None, **changes) -> Path:
+    """Collect all runs in `jobs` processes (one per core) and return their folder.
+
+    Takes a `CollectConfig`, or a task as in `find_task` with fields of `CollectConfig`. Raises
+    `ValueError` for an unknown task or field, unsupported spaces, an environment that fails or
+    gives NaN, `HistoryError` for a damaged or foreign history in the way, `OSError` where nothing
+    fits.
     """
     from joblib import delayed
 
+    config = collect_config(config_or_task, changes)
     task = find_task(config.task)
     make_vector_env(task, 1).close()  # an error here is better than one in every process
-    resolved = plain(config) | {"task": plain(task)}  # the table may change what a name means
-    folder = stage_folder("histories", task.name.replace("/", "-"), resolved)
+    config, named = replace(config, task=task), replace(config, task=task.name)
+    resolved = plain(named) | {"task": plain(task)}  # the table may change what a name means
+    folder = stage_folder("histories", task.name.replace("/", "-"), resolved | code_hash(task))
     folders = [folder / f"run_{run:03d}" for run in range(config.runs)]
+    run_one = registering(task, collect_run)
     with locked(folder):
         missing = [run for run, path in enumerate(folders) if not is_complete(path)]
-        calls = [delayed(collect_run)(config, run, folders[run]) for run in missing]
-        if calls:
-            run_parallel(calls, jobs, Progress(config, folders))
+        calls = [delayed(run_one)(config, run, folders[run]) for run in missing]
+        try:
+            if calls:
+                run_parallel(calls, jobs, Progress(named, folders))
+        except pickle.PicklingError as error:
+            raise TaskError(
+                f"environment {task.name!r} cannot be sent to another process ({error}): pass a "
+                "function that makes one, or jobs=1"
+            ) from error
     return folder
 
 # %% ../nbs/01b_collect.ipynb #687c5368
