@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['CollectConfig', 'GymnasiumVecEnv', 'Recorder', 'policy_distribution', 'HistoryCallback', 'run_seeds',
            'own_generators', 'make_ppo', 'is_complete', 'collect_run', 'Progress', 'updates_done', 'collect_config',
-           'collect', 'run_folders', 'learning_curves', 'plot_learning_curves']
+           'collect', 'collect_all', 'histories_folder', 'planned_runs', 'run_missing', 'run_folders',
+           'learning_curves', 'plot_learning_curves']
 
 # %% ../nbs/01b_collect.ipynb #102cc8ce
 import difflib
 import pickle
 import random
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -286,21 +287,23 @@ def collect_run(config, run, folder):
 class Progress:
     "The line shown while runs are collected: runs done, steps per second, time left."
 
-    def __init__(self, config, folders):
-        self.config, self.folders = config, folders
+    def __init__(self, runs: list[tuple]):
+        self.runs = runs  # (config, run, folder)
+        names = list({config.task.name: None for config, *_ in runs})
+        self.name = names[0] if len(names) == 1 else f"{len(names)} tasks"
         self.start, self.before = time.monotonic(), None
 
     def __call__(self) -> str:
-        config = self.config
-        done = [updates_done(folder) for folder in self.folders]
-        per_update = config.streams * config.steps_per_update  # interactions
-        total, steps = config.runs * config.updates * per_update, sum(done) * per_update
+        steps, total, finished = 0, 0, 0
+        for config, _, folder in self.runs:
+            done, per_update = updates_done(folder), config.streams * config.steps_per_update
+            steps, total = steps + done * per_update, total + config.updates * per_update
+            finished += done == config.updates
         self.before = steps if self.before is None else min(self.before, steps)
         rate = (steps - self.before) / max(time.monotonic() - self.start, 1e-9)
         left = duration((total - steps) / rate) if rate else "unknown"
-        finished = sum(updates == config.updates for updates in done)
         return (
-            f"{config.task}: {finished} of {config.runs} PPO runs, {steps:,} of {total:,} steps, "
+            f"{self.name}: {finished} of {len(self.runs)} PPO runs, {steps:,} of {total:,} steps, "
             f"{rate:,.0f} steps/s, time left {left}"
         )
 
@@ -336,28 +339,51 @@ def collect(config_or_task, jobs=None, **changes) -> Path:
     gives NaN, `HistoryError` for a damaged or foreign history in the way, `OSError` where nothing
     fits.
     """
+    return collect_all([config_or_task], jobs, **changes)[0]
+
+
+def collect_all(configs_or_tasks, jobs=None, **changes) -> list[Path]:
+    "The folders of several collections, whose runs share the processes; otherwise as `collect`."
+    configs = [collect_config(each, changes) for each in configs_or_tasks]
+    configs = [replace(config, task=find_task(config.task)) for config in configs]
+    for config in configs:
+        make_vector_env(config.task, 1).close()  # an error here is better than one in each process
+    folders = [histories_folder(config) for config in configs]
+    with ExitStack() as locks:
+        for folder in sorted(set(folders)):  # in order, or two that share some wait for each other
+            locks.enter_context(locked(folder))
+        planned = planned_runs(dict(zip(folders, configs, strict=True)))
+        if missing := [each for each in planned if not is_complete(each[2])]:
+            run_missing(missing, jobs, Progress(planned))
+    return folders
+
+
+def histories_folder(config) -> Path:
+    "The folder of the runs of `config`, which has a `Task`, named by all that they depend on."
+    task = config.task
+    resolved = plain(replace(config, task=task.name)) | {"task": plain(task)} | code_hash(task)
+    return stage_folder("histories", task.name.replace("/", "-").replace(":", "-"), resolved)
+
+
+def planned_runs(configs: dict) -> list[tuple]:
+    "`(config, run, its folder)` of all runs of the configurations by folder."
+    each = [(c, run, folder) for folder, c in configs.items() for run in range(c.runs)]
+    return [(config, run, folder / f"run_{run:03d}") for config, run, folder in each]
+
+
+def run_missing(runs: list[tuple], jobs, report):
+    "Collect these runs in parallel. Raises `TaskError` for an environment that cannot go there."
     from joblib import delayed
 
-    config = collect_config(config_or_task, changes)
-    task = find_task(config.task)
-    make_vector_env(task, 1).close()  # an error here is better than one in every process
-    config, named = replace(config, task=task), replace(config, task=task.name)
-    resolved = plain(named) | {"task": plain(task)}  # the table may change what a name means
-    folder = stage_folder("histories", task.name.replace("/", "-"), resolved | code_hash(task))
-    folders = [folder / f"run_{run:03d}" for run in range(config.runs)]
-    run_one = registering(task, collect_run)
-    with locked(folder):
-        missing = [run for run, path in enumerate(folders) if not is_complete(path)]
-        calls = [delayed(run_one)(config, run, folders[run]) for run in missing]
-        try:
-            if calls:
-                run_parallel(calls, jobs, Progress(named, folders))
-        except pickle.PicklingError as error:
-            raise TaskError(
-                f"environment {task.name!r} cannot be sent to another process ({error}): pass a "
-                "function that makes one, or jobs=1"
-            ) from error
-    return folder
+    calls = [delayed(registering(config.task, collect_run))(config, *to) for config, *to in runs]
+    try:
+        run_parallel(calls, jobs, report)
+    except pickle.PicklingError as error:
+        names = ", ".join({config.task.name: 0 for config, *_ in runs})
+        raise TaskError(
+            f"environment {names} cannot be sent to another process ({error}): pass a function "
+            "that makes one, or jobs=1"
+        ) from error
 
 # %% ../nbs/01b_collect.ipynb #687c5368
 def run_folders(folder) -> list[Path]:
