@@ -57,6 +57,7 @@ from gla_nb.stages import (
 )
 from gla_nb.tasks import (
     Task,
+    TaskError,
     check_finite,
     code_hash,
     final_observations,
@@ -346,7 +347,9 @@ def meta_test(
                 live(done)
         except Exception as error:
             so_far = Lifetimes(task.name, name, gap, seeds, **first_part(record, done))
-            raise LifetimeError(said_of(task, interactions, error, done), so_far) from error
+            cause = error.__cause__ if isinstance(error, TaskError) else None
+            text = said_of(task, interactions, error, done)
+            raise LifetimeError(text, so_far) from cause or error
     return Lifetimes(task.name, name, gap, seeds, **first_part(record, interactions))
 
 # %% ../nbs/04_evaluate.ipynb #67b6e504
