@@ -27,12 +27,13 @@ myst_update_mathjax = False
 nb_execution_mode = "off"
 nb_merge_streams = True
 
+smartquotes = False  # they would change "" and -- in text that is meant literally
 default_role = "known_name"  # `words` in docstrings: a link where we document them, else code
 autodoc_inherit_docstrings = False  # those of gymnasium and torch are not written for this site
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-maximum_signature_line_length = 80
+maximum_signature_line_length = 88
 add_module_names = False
 python_use_unqualified_type_names = True
 
