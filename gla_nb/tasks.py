@@ -313,8 +313,10 @@ def find_task(task) -> Task:
 def installed(thing) -> bool:
     "Whether a class or function is of the standard library or of an installed package."
     name = (getattr(thing, "__module__", None) or "builtins").partition(".")[0]
+    if name == "__main__":  # a notebook; in a worker process its file is one of joblib
+        return False
     file = getattr(sys.modules.get(name), "__file__", None) or ""
-    return name in sys.stdlib_module_names - {"__main__"} or "site-packages" in file
+    return name in sys.stdlib_module_names or "site-packages" in file
 
 
 def names_in(code: types.CodeType) -> set:
