@@ -26,6 +26,7 @@ suppress_warnings = ["myst.header"]  # notebooks may go from # to ###, as GitHub
 myst_update_mathjax = False
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_code_prompt_show = nb_code_prompt_hide = "Imports"  # nothing else is folded
 
 smartquotes = False  # they would change "" and -- in text that is meant literally
 default_role = "known_name"  # `words` in docstrings: a link where we document them, else code
