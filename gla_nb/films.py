@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'MOST_FRAMES_PER_SECOND', 'COLORS', 'QUALITIES', 'Recording', 'Recorder', 'weights_digest', 'record',
-           'use_headless_opengl', 'cannot_draw', 'aim_camera', 'make_drawn_env', 'frame_steps', 'filmed_episodes',
-           'play', 'Sheet', 'draw_film', 'encode', 'check_film', 'write_film', 'film', 'main']
+           'use_headless_opengl', 'cannot_draw', 'aim_camera', 'close_drawn', 'drawn_env', 'frame_steps',
+           'filmed_episodes', 'play', 'Sheet', 'draw_film', 'encode', 'check_film', 'write_film', 'film', 'main']
 
-# %% ../nbs/05_films.ipynb #5d00c18f
+# %% ../nbs/05_films.ipynb #077acbfa
 import argparse
 import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata, reload
 from pathlib import Path
@@ -38,7 +38,7 @@ from gla_nb.evaluate import (
 from .stages import cpu_threads, plain, seed_number, versions, whole, write_json
 from .tasks import Task, find_task, make_env, make_vector_env
 
-# %% ../nbs/05_films.ipynb #77876755
+# %% ../nbs/05_films.ipynb #9340cfea
 @dataclass(frozen=True, eq=False)
 class Recording:
     "All transitions of `L` lifetimes of `T` interactions, as the agent saw them."
@@ -66,7 +66,7 @@ class Recorder:
         self.transitions.append(transition)
         self.actor.observe(*transition)
 
-# %% ../nbs/05_films.ipynb #229aed81
+# %% ../nbs/05_films.ipynb #748ba923
 def weights_digest(agent) -> str | None:
     "Ten hexadecimal digits of the weights of an agent; None for one without."
     if not hasattr(agent, "state_dict"):
@@ -75,7 +75,7 @@ def weights_digest(agent) -> str | None:
     content = b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)
     return hashlib.sha256(content).hexdigest()[:10]
 
-# %% ../nbs/05_films.ipynb #20e7fb15
+# %% ../nbs/05_films.ipynb #13da4207
 def record(
     task,  # as in `meta_test`
     agent,  # a trained agent, or "random" or "zero"
@@ -98,7 +98,7 @@ def record(
     lifetimes = Lifetimes(task.name, name, gap, seeds, **kept)
     return Recording(task, lifetimes, observation, action, shown, seen, weights_digest(agent))
 
-# %% ../nbs/05_films.ipynb #0dc48888
+# %% ../nbs/05_films.ipynb #709c69c8
 def use_headless_opengl():
     "Let MuJoCo draw through EGL on Linux without a display, unless `MUJOCO_GL` says otherwise."
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
@@ -108,7 +108,7 @@ def use_headless_opengl():
     if "dm_control._render" in sys.modules:
         reload(sys.modules["dm_control._render"])
 
-# %% ../nbs/05_films.ipynb #62fe4ad0
+# %% ../nbs/05_films.ipynb #1d7c8122
 def cannot_draw(task: Task, error: Exception) -> ValueError:
     "The error to raise where `task` cannot be drawn: why, and what to install or set."
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -122,7 +122,7 @@ def cannot_draw(task: Task, error: Exception) -> ValueError:
         + (f"MUJOCO_GL={backend}" if backend else "without it")
     )
 
-# %% ../nbs/05_films.ipynb #5060b60a
+# %% ../nbs/05_films.ipynb #68a9111f
 PIXELS = 320  # width and height of MuJoCo's pictures
 
 
@@ -138,9 +138,19 @@ def aim_camera(env: gym.Env):
     elif hasattr(inner, "render_kwargs"):  # dm_control: its free camera often misses the scene
         inner.render_kwargs = {"camera_id": 0, "width": PIXELS, "height": PIXELS}
 
-# %% ../nbs/05_films.ipynb #39085eb9
-def make_drawn_env(task) -> gym.Env:
-    """One environment as `make_env` makes it, reset, that draws itself: `render()` gives RGB.
+# %% ../nbs/05_films.ipynb #a19a25d1
+def close_drawn(env: gym.Env):
+    "Close an environment and free what it was drawn with, while its own OpenGL context is current."
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    for viewer in renderer._viewers.values() if renderer else ():
+        viewer.make_context_current()
+        viewer.con.free()
+    env.close()
+
+
+@contextmanager
+def drawn_env(task) -> Iterator[gym.Env]:
+    """An environment as `make_env` makes it, reset, that draws itself: `render()` gives RGB.
 
     Raises `ValueError` for a task without such pictures, or where they cannot be made.
     """
@@ -153,11 +163,14 @@ def make_drawn_env(task) -> gym.Env:
         picture = env.render()
     except Exception as error:
         raise cannot_draw(task, error) from error
-    if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[-1] != 3:
-        raise ValueError(f"task {task.name!r} cannot be drawn: render() gives no RGB picture")
-    return env
+    try:
+        if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[-1] != 3:
+            raise ValueError(f"task {task.name!r} cannot be drawn: render() gives no RGB picture")
+        yield env
+    finally:
+        close_drawn(env)
 
-# %% ../nbs/05_films.ipynb #b5128416
+# %% ../nbs/05_films.ipynb #92af3193
 MOST_FRAMES_PER_SECOND = 12.5
 
 
@@ -169,7 +182,7 @@ def frame_steps(env: gym.Env) -> tuple[int, float]:
     every = math.ceil(second / MOST_FRAMES_PER_SECOND)
     return every, 1000 * every / second
 
-# %% ../nbs/05_films.ipynb #9f46b8d6
+# %% ../nbs/05_films.ipynb #1b7c982d
 def filmed_episodes(recording: Recording) -> pd.DataFrame:
     "Rows of the first and the last finished episode of lifetime 0. `ValueError` if there are none."
     lifetimes = recording.lifetimes
@@ -182,7 +195,7 @@ def filmed_episodes(recording: Recording) -> pd.DataFrame:
         )
     return episodes.iloc[[0, -1]].assign(start=lambda rows: rows.interactions - rows.length)
 
-# %% ../nbs/05_films.ipynb #005d9b4a
+# %% ../nbs/05_films.ipynb #483e8db5
 def play(env: gym.Env, recording: Recording, episodes: pd.DataFrame, every: int, frames: int):
     """Pictures of the given `episodes` of lifetime 0, a list for each, every so many steps.
 
@@ -209,7 +222,7 @@ def play(env: gym.Env, recording: Recording, episodes: pd.DataFrame, every: int,
             env.reset()
     return pictures
 
-# %% ../nbs/05_films.ipynb #56e561c1
+# %% ../nbs/05_films.ipynb #ad6b4849
 COLORS = ("#c46210", "#1b7f5c")  # of the first and of the last episode
 
 
@@ -265,7 +278,7 @@ class Sheet:
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
-# %% ../nbs/05_films.ipynb #f2561f56
+# %% ../nbs/05_films.ipynb #e104a0f0
 def draw_film(recording: Recording, episodes, pictures, every: int, size: int) -> list[np.ndarray]:
     "The frames of the film, RGB; as many as the longer list of pictures has."
     sheet, frames = Sheet(recording, episodes, size), []
@@ -279,7 +292,7 @@ def draw_film(recording: Recording, episodes, pictures, every: int, size: int) -
         frames.append(sheet.frame(now, earned, k / max(count - 1, 1)))
     return frames
 
-# %% ../nbs/05_films.ipynb #06b9c304
+# %% ../nbs/05_films.ipynb #86cf2053
 QUALITIES = [(80, 1), (60, 1), (40, 1), (25, 1), (40, 2), (25, 2), (25, 4)]  # quality, every n-th
 
 
@@ -301,7 +314,7 @@ def encode(frames, milliseconds: float, limit: int) -> tuple[bytes, dict]:
         "give a smaller size, or fewer frames"
     )
 
-# %% ../nbs/05_films.ipynb #ce347719
+# %% ../nbs/05_films.ipynb #5451b3b9
 def check_film(path, frames: int, size: int) -> Path:
     "The path. Raises `ValueError` for what cannot become a film, before anything is run."
     path = Path(path).expanduser()
@@ -312,7 +325,7 @@ def check_film(path, frames: int, size: int) -> Path:
             raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")
     return path
 
-# %% ../nbs/05_films.ipynb #aa02f09a
+# %% ../nbs/05_films.ipynb #7f7fb065
 def write_film(
     recording: Recording, path, frames: int = 120, size: int = 240, limit: int = 1_000_000
 ) -> Path:
@@ -321,7 +334,7 @@ def write_film(
     At most `frames` frames of `2 * size` pixels in width. Raises `ValueError`.
     """
     path, episodes = check_film(path, frames, size), filmed_episodes(recording)
-    with closing(make_drawn_env(recording.task)) as env:
+    with drawn_env(recording.task) as env:
         every, milliseconds = frame_steps(env)
         pictures = play(env, recording, episodes, every, frames)
     film, made = encode(draw_film(recording, episodes, pictures, every, size), milliseconds, limit)
@@ -340,7 +353,7 @@ def write_film(
     write_json(path.with_suffix(".json"), about)
     return path
 
-# %% ../nbs/05_films.ipynb #cb5082a5
+# %% ../nbs/05_films.ipynb #bd8de755
 def film(
     task,  # as in `meta_test`, by name or id
     agent,  # a trained agent, or "random" or "zero"
@@ -355,10 +368,11 @@ def film(
     Raises `ValueError` before the lifetime begins where the task cannot be drawn.
     """
     check_film(path, frames, size)
-    make_drawn_env(task).close()
+    with drawn_env(task):  # can it be drawn at all?
+        pass
     return write_film(record(task, agent, [seed], interactions), path, frames, size)
 
-# %% ../nbs/05_films.ipynb #66885ce4
+# %% ../nbs/05_films.ipynb #b862c474
 def main(arguments=None) -> int:
     "Film the first and the last episode of one lifetime: 0 when it is written, 2 if it cannot be."
     parser = argparse.ArgumentParser(prog="python -m gla_nb.films", description=main.__doc__)
@@ -380,6 +394,6 @@ def main(arguments=None) -> int:
     print(f"{path}, {path.stat().st_size:,} bytes")
     return 0
 
-# %% ../nbs/05_films.ipynb #88754eb0
+# %% ../nbs/05_films.ipynb #15a44a23
 if __name__ == "__main__" and "get_ipython" not in globals():
     sys.exit(main())
