@@ -9,6 +9,7 @@ __all__ = ['ETA_MOST', 'ENVIRONMENT', 'ACTION', 'SHUFFLE', 'NOISE', 'AGENT_FILES
            'read_config', 'read_weights', 'agent_folder', 'rows_table', 'card', 'GLA']
 
 # %% ../nbs/02c_agent.ipynb #cbb83869
+import json
 import math
 import os
 import re
@@ -486,7 +487,7 @@ import gymnasium as gym
 import gla_nb.tasks  # registers the environments of this library
 from gla_nb.agent import GLA
 
-env = gym.make({task!r}{arguments})
+env = gym.make({task}{arguments})
 agent = GLA.from_pretrained("FOLDER")  # or its name on the Hub
 agent.begin(env, seed=0)
 observation, _ = env.reset(seed=0)
@@ -511,7 +512,7 @@ def card(agent) -> str:
     size = sum(parameter.numel() for parameter in agent.parameters())
     tasks = [task for task in about.get("tasks", []) if isinstance(task, dict)]
     task = tasks[0] if tasks else {"id": "ENVIRONMENT", "kwargs": {}}
-    arguments = "".join(f", {name}={value!r}" for name, value in task["kwargs"].items())
+    arguments = "".join(f", {name}={json.dumps(value)}" for name, value in task["kwargs"].items())
     kind = "of any Box task of up to " * bool(layout.projection)
     kind += f"{layout.observation} observations, {layout.action} "
     kind += "discrete actions" if layout.discrete else "continuous actions"
@@ -520,16 +521,23 @@ def card(agent) -> str:
         "tags: [in-context-reinforcement-learning]\n---",
         f"# {about.get('name', 'An agent')}: a general-purpose in-context learning agent",
         f"{size:,} parameters, {kind}, a context of {agent.config.window} tokens. It begins each "
-        "lifetime with an empty context and improves without gradient steps.",
-        USE.format(task=task["id"], arguments=arguments),
+        "lifetime with an empty context and takes no gradient steps.",
+        USE.format(task=json.dumps(task["id"]), arguments=arguments),
     ]
     if about.get("results"):
-        parts += ["## Results", rows_table(about["results"])]
+        parts += ["## Results", "Quarters of a lifetime, in mean reward per step."]
+        parts += [rows_table(about["results"])]
+    if about.get("expected"):
+        parts += [
+            "A quick check, with the lifetimes of seeds 0, 1, 2 and so on: mean reward per step in "
+            "the last quarter of so many interactions.",
+            rows_table([{"task": task} | row for task, row in about["expected"].items()]),
+        ]
     if about.get("limits"):
         parts += ["## Limits", about["limits"]]
     if about.get("command"):
         parts += ["## Made by", f"```sh\n{about['command']}\n```"]
-    told = ("name", "results", "limits", "command")
+    told = ("name", "results", "expected", "limits", "command")
     rows = plain(agent.config) | {k: v for k, v in about.items() if k not in told}
     parts += ["## Data and recipe", rows_table([{"field": k, "value": v} for k, v in rows.items()])]
     return "\n\n".join(parts) + "\n"

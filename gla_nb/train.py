@@ -1122,14 +1122,16 @@ def made_by(row: Experiment) -> dict:
     return {"train": plain(row.train), "collect": plain(row.collect), "collected": tasks}
 
 
-def ship_agent(agent_folder, name: str, row: Experiment) -> Path:
+def ship_agent(agent_folder, name: str, row: Experiment, told: dict) -> Path:
     """Copy the trained agent of an experiment to `outputs/agents/name`; returns its folder.
 
-    Its weights are rounded to bfloat16: it acts much as the agent does, and not bit for bit.
+    Its card also says what is `told`: results, limits, command. Its weights are rounded to
+    bfloat16: it acts much as the agent does, and not bit for bit.
     """
     agent = GLA.from_pretrained(agent_folder)
     folder = outputs_folder() / "agents" / name
-    agent.save_pretrained(folder, about=agent.about | made_by(row), dtype=torch.bfloat16)
+    about = agent.about | made_by(row) | {"name": name} | told
+    agent.save_pretrained(folder, about=about, dtype=torch.bfloat16)
     return folder
 
 
