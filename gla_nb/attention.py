@@ -226,6 +226,7 @@ def plot_attention(agent, context: Context, queries, title: str = ""):
         left.plot(ages[layer].mean(0), color=color, lw=1, label=f"layer {layer + 1}")
     left.set(xlabel="age (interactions)", ylabel="weight, mean of heads", yscale="log", title=title)
     left.legend(frameon=False, fontsize=8)
+    table = table[table["even"] > 0]  # no two states of a continuous task are the same
     names = list(dict.fromkeys(table["relation"]))
     for layer, color in enumerate(colors):
         part = table[table["layer"] == layer]
@@ -234,7 +235,7 @@ def plot_attention(agent, context: Context, queries, title: str = ""):
     for x, name in enumerate(names):
         share = table[table["relation"] == name]["even"].iloc[0]
         right.plot([x - 0.4, x + 0.4], [share, share], color="0.3", lw=1)
-    right.set(xticks=range(len(names)), ylim=(0, 1), ylabel="mass of each head (line: even share)")
+    right.set(xticks=range(len(names)), ylim=(0, 1), ylabel="mass (line: even share)")
     right.set_xticklabels(names, fontsize=8)
     sns.despine(fig=fig)
     fig.tight_layout()
