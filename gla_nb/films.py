@@ -157,7 +157,8 @@ def drawn_env(task) -> Iterator[gym.Env]:
     task = find_task(task)
     use_headless_opengl()
     try:
-        env = make_env(replace(task, kwargs=task.kwargs | {"render_mode": "rgb_array"}))
+        drawn = {} if task.make else {"render_mode": "rgb_array"}  # your own: as you made it
+        env = make_env(replace(task, kwargs=task.kwargs | drawn))
         env.reset(seed=0)
         aim_camera(env)
         picture = env.render()
@@ -165,7 +166,10 @@ def drawn_env(task) -> Iterator[gym.Env]:
         raise cannot_draw(task, error) from error
     try:
         if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[-1] != 3:
-            raise ValueError(f"task {task.name!r} cannot be drawn: render() gives no RGB picture")
+            raise ValueError(
+                f"task {task.name!r} cannot be drawn: render() gives no RGB picture; make it with "
+                "render_mode='rgb_array'"
+            )
         yield env
     finally:
         close_drawn(env)

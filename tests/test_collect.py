@@ -310,7 +310,7 @@ def test_damaged_history_in_the_way_is_named_and_kept(damage):
     assert files(run.parent) == before
 
 
-@pytest.mark.parametrize("changes", [{"task": "gird"}, {"task": "Taxi-v4"}])
+@pytest.mark.parametrize("changes", [{"task": "gird"}, {"task": "Blackjack-v1"}])
 def test_wrong_tasks_are_refused_before_anything_is_written(tmp_path, changes):
     with pytest.raises(ValueError, match="unknown task 'gird'|unsupported observation space"):
         collect(CollectConfig(**changes))
