@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 
 from .agent import InContext
-from .evaluate import Lifetimes, new_actor, run_lifetimes
-from .films import Recording
+from .evaluate import Lifetimes, new_actor
+from .films import Recording, lived
 from .tasks import find_task, make_vector_env
 from .transformer import bounded
 
@@ -114,9 +114,7 @@ def go_on(actor, task, seeds, interactions: int, feedback: str = "true") -> Life
     """
     task = find_task(task)
     with closing(make_vector_env(task, len(seeds))) as environments:
-        kept = run_lifetimes(
-            actor, environments, task, seeds, interactions, feedback, None, lambda done: None
-        )
+        kept = lived(actor, environments, task, seeds, interactions, feedback)
     return Lifetimes(task.name, "gla", "", seeds, **kept)
 
 # %% ../nbs/06_attention.ipynb #69f83b15
