@@ -30,6 +30,7 @@ from gla_nb.histories import (
     update_returns,
 )
 from gla_nb.stages import (
+    LOG,
     duration,
     locked,
     plain,
@@ -324,7 +325,10 @@ def collect(config, jobs=None) -> Path:
         missing = [run for run, path in enumerate(folders) if not is_complete(path)]
         calls = [delayed(collect_run)(config, run, folders[run]) for run in missing]
         if calls:
+            LOG.info("collecting %d of %d PPO runs into %s", len(calls), config.runs, folder)
             run_parallel(calls, jobs, Progress(config, folders))
+        else:
+            LOG.info("reusing the learning histories in %s", folder)
     return folder
 
 # %% ../nbs/01b_collect.ipynb #687c5368

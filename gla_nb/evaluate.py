@@ -43,6 +43,7 @@ from gla_nb.projections import (
     make_tokens,
 )
 from gla_nb.stages import (
+    LOG,
     Live,
     cpu_threads,
     duration,
@@ -1120,7 +1121,9 @@ LIFETIMES = "lifetimes.npz"
 def saved_meta_test(folder: Path, make: Callable[[], Lifetimes]) -> Lifetimes:
     "The lifetimes in a stage folder, made by `make()` and kept there when there are none yet."
     with locked(folder):
-        if not (folder / LIFETIMES).exists():
+        if (folder / LIFETIMES).exists():
+            LOG.info("reusing the lifetimes in %s", folder)
+        else:
             save_lifetimes(make(), folder / LIFETIMES)
         return load_lifetimes(folder / LIFETIMES)
 
