@@ -3,6 +3,7 @@
 import ast
 import logging
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,8 @@ def test_waiting_for_another_process_is_said(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with locked(tmp_path):
         process = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, text=True)
-        first = process.stdout.readline()
+        ready, _, _ = select.select([process.stdout], [], [], 60)
+        first = process.stdout.readline() if ready else "nothing was said"
     rest = process.communicate(timeout=60)[0]
     assert first == f"WARNING waiting for another process that works in {tmp_path}\n"
     assert rest == "inside\n"
