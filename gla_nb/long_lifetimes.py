@@ -74,7 +74,7 @@ def suspect_lifetimes(config: MetaTest, name: str) -> Lifetimes:
     def make():
         with cpu_threads(1):
             agent = Switched(load_actor(config), **SUSPECTS[name])
-            return meta_test(agent, config.task, seeds, config.interactions)
+            return meta_test(config.task, agent, seeds, config.interactions)
 
     return replace(saved_meta_test(folder, make), agent=name.replace(" ", "_"))
 

@@ -32,6 +32,7 @@ from joblib import delayed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .agent import GLA
 from .collect import CollectConfig, run_folders
 from .histories import History, open_history, update_returns
 from gla_nb.projections import (
@@ -58,7 +59,7 @@ from gla_nb.stages import (
     whole,
     write_json,
 )
-from .transformer import GLA, GLAConfig, kl, log_probability
+from .transformer import GLAConfig, kl, log_probability
 
 # %% ../nbs/03_train.ipynb #1fd76704
 @dataclass(frozen=True)

@@ -10,13 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
+from gla_nb.agent import ACTION, ENVIRONMENT, GLA, NOISE, SHUFFLE
 from gla_nb.evaluate import (
-    ACTION,
     CLAIMS,
     CONTEXT_FREE,
-    ENVIRONMENT,
-    NOISE,
-    SHUFFLE,
     Claim,
     Lifetimes,
     MetaTest,
@@ -59,7 +56,7 @@ from gla_nb.evaluate import (
 from gla_nb.histories import HistoryWriter, episode_returns
 from gla_nb.projections import TokenLayout
 from gla_nb.stages import plain, seed_number, seed_sequence, stage_folder
-from gla_nb.transformer import GLA, GLAConfig
+from gla_nb.transformer import GLAConfig
 
 LENGTHS = (2, 9)  # of an episode of the environment below, drawn anew at each reset
 
@@ -190,7 +187,7 @@ def replay(layout, seed, interactions, show, forget=False):
 @layouts
 def test_agent_reads_exactly_the_tokens_of_a_replay(layout):
     agent, seeds, steps = Adder(layout), [3, 4, 5], 60
-    lifetimes = meta_test(agent, TASKS[layout], seeds, steps)
+    lifetimes = meta_test(TASKS[layout], agent, seeds, steps)
     for row, seed in enumerate(seeds):
         tokens, rewards, ends = replay(layout, seed, steps, lambda step, rewards: rewards[step])
         assert len(tokens) == steps + ends.sum()  # one more for each end of an episode
@@ -204,7 +201,7 @@ def test_agent_reads_exactly_the_tokens_of_a_replay(layout):
 
 def test_box_actions_are_executed_and_recorded_as_clipped():
     agent = Adder(BOX)
-    lifetimes = meta_test(agent, TASKS[BOX], [0, 1], 40)
+    lifetimes = meta_test(TASKS[BOX], agent, [0, 1], 40)
     actions = agent.read_by(0)[:, 6:8]
     assert np.abs(actions).max() == 1 and (np.abs(actions) == 1).mean() > 0.1
     first = agent.tokens[1][0][:, 6:8].numpy()  # an episode has at least two steps
@@ -218,7 +215,7 @@ def true_rewards_of(layout, seeds, steps, show):
 
 def test_controls_change_only_the_reward_that_is_shown():
     seeds, steps, agent = [7, 8, 9], 50, Adder(DISCRETE)
-    true = meta_test(agent, TASKS[DISCRETE], seeds, steps)
+    true = meta_test(TASKS[DISCRETE], agent, seeds, steps)
     yoke = yoke_to(true)
     np.testing.assert_array_equal(yoke, true.reward[[2, 0, 1]])
     draws = [
@@ -236,7 +233,7 @@ def test_controls_change_only_the_reward_that_is_shown():
     }
     for feedback, show in expected.items():
         given = {"yoke": yoke} if feedback == "yoked" else {}
-        lifetimes = meta_test(agent, TASKS[DISCRETE], seeds, steps, feedback=feedback, **given)
+        lifetimes = meta_test(TASKS[DISCRETE], agent, seeds, steps, feedback=feedback, **given)
         assert lifetimes.agent == feedback
         for row, seed in enumerate(seeds):
             tokens, rewards, _ = replay(DISCRETE, seed, steps, show(row))
@@ -248,7 +245,7 @@ def test_controls_change_only_the_reward_that_is_shown():
 @layouts
 def test_episode_memory_is_emptied_exactly_at_resets(layout):
     agent, seeds, steps = Adder(layout), [3, 4, 5], 60
-    lifetimes = meta_test(agent, TASKS[layout], seeds, steps, memory="episode")
+    lifetimes = meta_test(TASKS[layout], agent, seeds, steps, memory="episode")
     assert lifetimes.agent == "episode_memory"
     np.testing.assert_array_equal(
         torch.stack(agent.cache.emptied), lifetimes.done.T[lifetimes.done.any(0)]
@@ -263,24 +260,24 @@ def test_episode_memory_is_emptied_exactly_at_resets(layout):
 @layouts
 def test_a_lifetime_depends_on_its_seed_alone(layout):
     task = TASKS[layout]
-    eight = meta_test(Adder(layout), task, range(8), 300)
-    for again in (meta_test(Adder(layout), task, range(8), 300),):
+    eight = meta_test(task, Adder(layout), range(8), 300)
+    for again in (meta_test(task, Adder(layout), range(8), 300),):
         np.testing.assert_array_equal(again.reward, eight.reward)
-    four = meta_test(Adder(layout), task, range(4, 8), 300)  # 300 > one block of noise
+    four = meta_test(task, Adder(layout), range(4, 8), 300)  # 300 > one block of noise
     np.testing.assert_array_equal(four.reward, eight.reward[4:])
     np.testing.assert_array_equal(four.done, eight.done[4:])
     assert len(np.unique(eight.reward[:, 0])) == 8
 
 
 def test_random_agent_is_uniform_in_both_spaces():
-    lifetimes = meta_test("random", TASKS[BOX], range(4), 500)
+    lifetimes = meta_test(TASKS[BOX], "random", range(4), 500)
     assert lifetimes.agent == "random" and lifetimes.gap == ""
     # Two uniform actions in [-1, 1]: the mean square is 1/3.
     assert np.mean(lifetimes.action_rms**2) == pytest.approx(1 / 3, rel=0.05)
-    grid = meta_test("random", "grid", range(64), 400)
+    grid = meta_test("grid", "random", range(64), 400)
     assert grid.reward.sum(1).mean() / 20 == pytest.approx(1.0, abs=0.5)
     with pytest.raises(ValueError, match="unknown agent 'ppo'"):
-        meta_test("ppo", "grid", [0], 10)
+        meta_test("grid", "ppo", [0], 10)
 
 
 def noise_replay(seed, steps, strength):
@@ -301,7 +298,7 @@ def noise_replay(seed, steps, strength):
 
 
 def test_zero_is_zero_in_each_step_and_has_the_environment_of_its_seed():
-    lifetimes = meta_test("zero", TASKS[BOX], [3, 4], 60)
+    lifetimes = meta_test(TASKS[BOX], "zero", [3, 4], 60)
     assert (lifetimes.agent, lifetimes.gap) == ("zero", "")
     assert not lifetimes.action_rms.any() and lifetimes.action_rms.shape == (2, 60)
     for row, seed in enumerate([3, 4]):
@@ -314,7 +311,7 @@ def test_matched_noise_has_the_strength_asked_for_at_every_step_of_every_lifetim
     wanted = np.random.default_rng(0).uniform(0, 0.7, (3, steps + 10)).astype(np.float32)
     wanted[1, 7] = 0.0
     # With two actions at most sqrt(2) * 0.7 < 1: nothing is clipped.
-    noise = meta_test("magnitude_matched", TASKS[BOX], seeds, steps, action_rms=wanted)
+    noise = meta_test(TASKS[BOX], "magnitude_matched", seeds, steps, action_rms=wanted)
     assert (noise.agent, noise.gap) == ("magnitude_matched", "")
     np.testing.assert_allclose(noise.action_rms, wanted[:, :steps], rtol=1e-5)
     assert len(np.unique(noise.reward[:, 0])) == 3
@@ -323,14 +320,14 @@ def test_matched_noise_has_the_strength_asked_for_at_every_step_of_every_lifetim
         np.testing.assert_allclose(noise.reward[row], expected, atol=1e-5)
         directions = np.arctan2(*actions[wanted[row, :steps] > 0].T)
         assert len(np.unique(directions)) > 290  # new noise in each step
-    one = meta_test("magnitude_matched", TASKS[BOX], [9], steps, action_rms=wanted[2:])
+    one = meta_test(TASKS[BOX], "magnitude_matched", [9], steps, action_rms=wanted[2:])
     np.testing.assert_array_equal(one.reward[0], noise.reward[2])
 
 
 def test_matched_noise_is_paired_with_the_agent_and_as_strong_where_it_is_clipped():
     seeds = [0, 1]
-    agent = meta_test(Adder(BOX), TASKS[BOX], seeds, 80)
-    noise = meta_test("magnitude_matched", TASKS[BOX], seeds, 80, action_rms=agent.action_rms)
+    agent = meta_test(TASKS[BOX], Adder(BOX), seeds, 80)
+    noise = meta_test(TASKS[BOX], "magnitude_matched", seeds, 80, action_rms=agent.action_rms)
     np.testing.assert_array_equal(noise.seeds, agent.seeds)
     np.testing.assert_array_equal(noise.done, agent.done)  # the same draws of the environment
     assert agent.action_rms.max() > np.sqrt(0.5)  # more than one component at the bound can have
@@ -368,12 +365,12 @@ def test_the_strength_of_clipped_noise_is_exact_in_any_number_of_dimensions():
 def test_baselines_that_cannot_run_are_named(agent, arguments, message):
     base = {"task": TASKS[BOX], "seeds": [0, 1], "interactions": 10}
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        meta_test(agent, **(base | arguments))
+        meta_test(agent=agent, **(base | arguments))
 
 
 def test_an_agent_refuses_a_strength_for_its_actions():
     with pytest.raises(ValueError, match="'Adder' and action_rms given"):
-        meta_test(Adder(BOX), TASKS[BOX], [0], 10, action_rms=np.ones((1, 10)))
+        meta_test(TASKS[BOX], Adder(BOX), [0], 10, action_rms=np.ones((1, 10)))
 
 
 @pytest.fixture
@@ -392,7 +389,7 @@ def test_a_matched_curve_has_the_actions_gap_and_seeds_of_its_agent(trained):
     agent = run_meta_test(config)
     assert (noise.agent, noise.gap, agent.gap) == ("magnitude_matched", 8, 8)
     assert noise.seeds.tolist() == agent.seeds.tolist() == [6, 7, 8]
-    again = meta_test("magnitude_matched", TASKS[BOX], [6, 7, 8], 40, action_rms=agent.action_rms)
+    again = meta_test(TASKS[BOX], "magnitude_matched", [6, 7, 8], 40, action_rms=agent.action_rms)
     np.testing.assert_array_equal(noise.reward, again.reward)
     # Made from the curve that is kept, and kept itself, under a name that knows the weights.
     folders = {meta_test_folder(c) for c in (config, replace(config, matched=True))}
@@ -409,7 +406,7 @@ def test_a_matched_curve_keeps_the_switches_of_its_agent_and_a_name_of_its_own(t
     noise = run_meta_test(replace(config, matched=True))
     untrained = run_meta_test(config)
     assert (untrained.agent, noise.agent) == ("untrained", "magnitude_matched")
-    again = meta_test("magnitude_matched", TASKS[BOX], [0, 1], 40, action_rms=untrained.action_rms)
+    again = meta_test(TASKS[BOX], "magnitude_matched", [0, 1], 40, action_rms=untrained.action_rms)
     np.testing.assert_array_equal(noise.reward, again.reward)
     named = replace(config, matched=True, name="trembling")
     assert (run_meta_test(named).agent, run_meta_test(named).gap) == ("trembling", 8)
@@ -421,7 +418,7 @@ def test_conditioning_of_a_curve_reaches_the_agent(trained):
     conditioned = replace(config, eta=(("position", 20), ("gap", 8)))
     assert meta_test_folder(conditioned) != meta_test_folder(config)
     expected = meta_test(
-        GLA.from_pretrained(trained), TASKS[BOX], [0, 1], 30, eta={"gap": 8, "position": 20}
+        TASKS[BOX], GLA.from_pretrained(trained), [0, 1], 30, eta={"gap": 8, "position": 20}
     )
     found = run_meta_test(conditioned)
     np.testing.assert_allclose(found.reward, expected.reward, atol=1e-5)
@@ -462,7 +459,7 @@ def test_the_transformer_acts_by_the_same_distributions_as_on_the_whole_sequence
 
     agent.step = recorded
     agent.about = {"gap": 8}
-    assert meta_test(agent, TASKS[DISCRETE], range(3), 80).gap == 8
+    assert meta_test(TASKS[DISCRETE], agent, range(3), 80).gap == 8
     for row in range(3):
         tokens = torch.stack([t[row] for t, active, _ in read if active[row]])
         cached = torch.stack([o[row] for _, active, o in read if active[row]])
@@ -475,14 +472,14 @@ def test_the_transformer_acts_by_the_same_distributions_as_on_the_whole_sequence
 def test_nan_from_an_environment_is_named(what):
     task = f"gla_nb_tests/Broken{what.title()}-v0"
     with pytest.raises(ValueError, match=f"(?s)Broken{what.title()}.*{what}.*nan.*interaction 6"):
-        meta_test("random", task, [0, 1], 20)
+        meta_test(task, "random", [0, 1], 20)
 
 
 def test_nan_from_an_agent_is_named():
     agent = Adder(DISCRETE)
     agent.weight[:] = np.nan
     with pytest.raises(ValueError, match="not finite at interaction 0"):
-        meta_test(agent, TASKS[DISCRETE], [0], 5)
+        meta_test(TASKS[DISCRETE], agent, [0], 5)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +513,7 @@ def test_what_cannot_run_is_named_before_the_first_step(arguments, message):
 def test_conditioning_enters_each_token():
     layout = TokenLayout(3, 4, True, eta=("gap", "return", "position"))
     agent = Adder(layout)
-    meta_test(agent, TASKS[DISCRETE], [0], 40, eta={"gap": 7, "position": 20})
+    meta_test(TASKS[DISCRETE], agent, [0], 40, eta={"gap": 7, "position": 20})
     acting = np.stack([t[0, -3:].numpy() for t, active in agent.tokens if active.all()])
     assert acting[:, 0] == pytest.approx(np.log(8)) and not acting[:, 1].any()
     assert acting[0, 2] == 0 and acting[-1, 2] == 1
@@ -982,7 +979,7 @@ def test_a_saved_meta_test_is_made_once_and_whole(tmp_path, monkeypatch):
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return meta_test(Adder(DISCRETE), TASKS[DISCRETE], range(3), 40)
+        return meta_test(TASKS[DISCRETE], Adder(DISCRETE), range(3), 40)
 
     folder = stage_folder("meta_tests", "restless", config)
     with pytest.raises(KeyboardInterrupt):

@@ -237,7 +237,7 @@ class Listener:
 def listen(normalise, interactions=200, seeds=(3, 4, 5), **controls):
     "A `Listener` after its lifetimes, and these."
     agent = Listener(normalise)
-    lifetimes = meta_test(agent, "gla_nb_tests/Wanderer-v0", seeds, interactions, **controls)
+    lifetimes = meta_test("gla_nb_tests/Wanderer-v0", agent, seeds, interactions, **controls)
     return agent, lifetimes
 
 

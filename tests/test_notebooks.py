@@ -16,10 +16,10 @@ import pytest
 from papermill import inspect_notebook
 from scipy import stats
 
+from gla_nb.agent import GLA
 from gla_nb.evaluate import claims_table, paired_test, read_table
 from gla_nb.figure3 import figure_claims
 from gla_nb.train import find_experiment
-from gla_nb.transformer import GLA
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ROOT / "outputs" / "cpu"  # committed results

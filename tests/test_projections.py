@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gla_nb import train as training
+from gla_nb.agent import GLA
 from gla_nb.collect import CollectConfig, collect, run_folders
 from gla_nb.evaluate import MetaTest, meta_test, run_meta_test
 from gla_nb.histories import open_history
@@ -33,7 +34,7 @@ from gla_nb.train import (
     train,
     train_step,
 )
-from gla_nb.transformer import GLA, GLAConfig, log_probability, sample
+from gla_nb.transformer import GLAConfig, log_probability, sample
 
 LAYOUT = TokenLayout(64, 16, False, normalise=64, projection="orthonormal")
 CONFIG = TrainConfig(
@@ -244,9 +245,9 @@ class Listener:
 @pytest.mark.parametrize("task, shape", [("Reacher-v4", (11, 2)), ("ant", (27, 8))])
 def test_a_lifetime_is_read_through_its_own_projection_of_the_figure_stream(agent, task, shape):
     listener, seeds = Listener(agent), [4, 9]
-    lifetimes = meta_test(listener, task, seeds, 120)
+    lifetimes = meta_test(task, listener, seeds, 120)
     seen = torch.stack(listener.read, 1)  # (L, T, 148)
-    same = meta_test(listener, task, seeds, 120, projection="identity")
+    same = meta_test(task, listener, seeds, 120, projection="identity")
     raw = torch.stack(listener.read, 1)
     np.testing.assert_array_equal(lifetimes.reward, same.reward)
     drawn = draw_projections("orthonormal", [shape] * 2, "figure", seeds)
@@ -261,11 +262,11 @@ def test_a_lifetime_is_read_through_its_own_projection_of_the_figure_stream(agen
     "task", ["Reacher-v4", "HalfCheetah-v4", "ant", "dm_control/cartpole-swingup-v0"]
 )
 def test_one_agent_acts_in_tasks_of_all_shapes(agent, task):
-    lifetimes = meta_test(agent, task, seeds=[0, 1], interactions=40)
-    again = meta_test(agent, task, seeds=[1], interactions=40)
+    lifetimes = meta_test(task, agent, seeds=[0, 1], interactions=40)
+    again = meta_test(task, agent, seeds=[1], interactions=40)
     # Its projection is its own. Rounding grows fast: the first steps only.
     np.testing.assert_allclose(lifetimes.reward[1, :10], again.reward[0, :10], atol=1e-3)
-    plain = meta_test(agent, task, seeds=[0, 1], interactions=40, projection="identity")
+    plain = meta_test(task, agent, seeds=[0, 1], interactions=40, projection="identity")
     assert np.abs(plain.action_rms - lifetimes.action_rms).max() > 0
 
 
@@ -275,14 +276,14 @@ def test_what_does_not_fit_is_refused(agent):
     with pytest.raises(ValueError, match="17 actions, and only 16"):
         draw_projections("identity", [(27, 17)], "figure", [0])
     with pytest.raises(ValueError, match="unknown projection 'fourier'"):
-        meta_test(agent, "Reacher-v4", [0], 9, projection="fourier")
+        meta_test("Reacher-v4", agent, [0], 9, projection="fourier")
     with pytest.raises(ValueError, match="continuous actions, but this task needs"):
-        meta_test(agent, "CartPole-v1", [0], 9)
+        meta_test("CartPole-v1", agent, [0], 9)
     with pytest.raises(ValueError, match="pool is 0"):
         TrainConfig(projection="orthonormal", pool=0)
     bare = GLA(GLAConfig(TokenLayout(11, 2, False), layers=1, width=16, heads=1, window=8), seed=0)
     with pytest.raises(ValueError, match="trained without projections"):
-        meta_test(bare, "Reacher-v4", [0], 9, projection="orthonormal")
+        meta_test("Reacher-v4", bare, [0], 9, projection="orthonormal")
     with pytest.raises(ValueError, match="Discrete"):
         train(replace(CONFIG, segment_max=8), collect(CollectConfig(runs=2, updates=2)), live=False)
 

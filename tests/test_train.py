@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from gla_nb import train as training
+from gla_nb.agent import GLA
 from gla_nb.collect import CollectConfig, collect, run_folders
 from gla_nb.evaluate import meta_test
 from gla_nb.histories import HistoryError, export_histories, open_history, update_returns
@@ -47,7 +48,6 @@ from gla_nb.train import (
     train_all,
     train_step,
 )
-from gla_nb.transformer import GLA
 
 torch.set_num_threads(1)
 STEPS, UPDATES, STREAMS, RUNS = 20, 6, 4, 3
@@ -605,10 +605,10 @@ def test_all_at_once_gives_the_same_agents_as_one_by_one(folders, trained):
 @pytest.mark.parametrize("task", ["swing", "short"])
 def test_trained_agents_can_be_meta_tested(trained, task):
     agent = GLA.from_pretrained(trained[task])
-    lifetimes = meta_test(agent, task, [0, 1, 2], 60)  # longer than its window of 48 tokens
+    lifetimes = meta_test(task, agent, [0, 1, 2], 60)  # longer than its window of 48 tokens
     assert (lifetimes.task, lifetimes.agent, lifetimes.gap) == (task, "gla", 2)
     assert np.isfinite(lifetimes.reward).all() and lifetimes.truncated.sum() == 3 * (60 // 7)
-    again = meta_test(agent, task, [0, 1, 2], 60)
+    again = meta_test(task, agent, [0, 1, 2], 60)
     np.testing.assert_array_equal(again.reward, lifetimes.reward)
 
 
@@ -1017,5 +1017,5 @@ def test_the_shipped_agents_are_those_of_the_experiments(name, monkeypatch):
     assert folder is not None, "make figures SCALE=cpu ships them"
     weights = (folder / "model.safetensors").stat().st_size
     assert 1_000_000 < weights < 16_000_000
-    lifetimes = meta_test(GLA.from_pretrained(folder), "ant", [0, 1], 40)
+    lifetimes = meta_test("ant", GLA.from_pretrained(folder), [0, 1], 40)
     assert np.isfinite(lifetimes.reward).all() and lifetimes.action_rms.mean() < 0.6

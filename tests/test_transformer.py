@@ -14,8 +14,10 @@ from scipy import stats
 from torch import distributions
 
 from gla_nb import transformer
+from gla_nb.agent import GLA
 from gla_nb.projections import TokenLayout
-from gla_nb.transformer import GLA, GLAConfig, config_from, entropy, kl, log_probability, sample
+from gla_nb.stages import plain
+from gla_nb.transformer import GLAConfig, config_from, entropy, kl, log_probability, sample
 
 GRID = TokenLayout(observation=9, action=4, discrete=True)
 ANT = TokenLayout(observation=27, action=8, discrete=False, eta=("gap",))
@@ -441,7 +443,7 @@ def test_a_kill_while_saving_leaves_the_earlier_agent(saved, call):
             calls.append(paths)
             os._exit(9) if len(calls) == call else rename(*paths)
 
-        transformer.os.rename = killed
+        os.rename = killed
         make_agent(seed=1).save_pretrained(saved, {"gap": 8})
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -498,4 +500,4 @@ def test_the_hub_gets_the_same_files(saved, monkeypatch):
 
 def test_configurations_survive_json():
     config = GLAConfig(ANT, heads=4, log_std_min=-3.0)
-    assert config_from(json.loads(json.dumps(transformer.plain(config)))) == config
+    assert config_from(json.loads(json.dumps(plain(config)))) == config
