@@ -44,6 +44,7 @@ from gla_nb.agent import (
 )
 from .histories import History, open_history
 from gla_nb.stages import (
+    LOG,
     Live,
     cpu_threads,
     duration,
@@ -1004,7 +1005,9 @@ def saved_meta_test(folder: Path, make: Callable[[], Lifetimes]) -> Lifetimes:
     A `LifetimeError` leaves those that were complete in `until_the_error.npz`, and names it.
     """
     with locked(folder):
-        if not (folder / LIFETIMES).exists():
+        if (folder / LIFETIMES).exists():
+            LOG.info("reusing the lifetimes in %s", folder)
+        else:
             try:
                 save_lifetimes(make(), folder / LIFETIMES)
             except LifetimeError as error:

@@ -45,6 +45,7 @@ from gla_nb.projections import (
     normalise_sequences,
 )
 from gla_nb.stages import (
+    LOG,
     Live,
     cpu_threads,
     locked,
@@ -801,6 +802,7 @@ def load_checkpoint(trainer: Trainer) -> bool:
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     trainer.step, trainer.log = state["step"], state["log"]
+    LOG.info("going on at step %d of %s", trainer.step, path)
     return True
 
 # %% ../nbs/03_train.ipynb #1ae7644c
@@ -850,6 +852,8 @@ def train(config: TrainConfig, histories, live: bool = True) -> Path:
             if main:
                 trainer.agent.save_pretrained(folder / "agent", about=agent_card(trainer))
             trainer.accelerator.wait_for_everyone()
+        elif main:
+            LOG.info("reusing the agent in %s", folder)
     return folder / "agent"
 
 # %% ../nbs/03_train.ipynb #42c74087
