@@ -19,8 +19,10 @@ from fastcore.docments import docments
 from latex2mathml.converter import convert
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
+from sphinx.util.logging import getLogger
 
 ROOT = Path(__file__).resolve().parents[1]
+logger = getLogger(__name__)
 _parser = ConfigParser(delimiters=["="])
 _parser.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = _parser["DEFAULT"]
@@ -244,9 +246,15 @@ class RepositoryLinks(SphinxTransform):
 
 
 def visit_math(translator, node):
-    "Formulas as MathML, which browsers draw without a script."
+    "Formulas as MathML, which browsers draw without a script; warns of those that are not LaTeX."
     block = isinstance(node, nodes.math_block)
-    formula = convert(node.astext(), display="block" if block else "inline")
+    try:
+        formula = convert(node.astext(), display="block" if block else "inline")
+        fault = re.search(r"\\[a-zA-Z]+", formula)  # commands that are not known stay as they are
+    except Exception as error:
+        formula, fault = node.astext(), f"{type(error).__name__}"
+    if fault:
+        logger.warning("formula %r: %s", node.astext(), fault, location=node)
     translator.body.append(f'<div class="formula">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 
