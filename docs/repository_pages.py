@@ -225,11 +225,14 @@ def stage(app):
 
 
 class RepositoryLinks(SphinxTransform):
-    "Links to the README lead to the index, those to files that are no pages to GitHub."
+    "Links to the README lead to the index, those to files that are no pages to GitHub; no badges."
 
     default_priority = 100
 
     def apply(self):
+        for picture in list(self.document.findall(nodes.image)):
+            if "://" in picture["uri"]:  # a badge of another host: its words stay
+                picture.replace_self(nodes.Text(picture.get("alt", picture["uri"])))
         here = (ROOT / self.env.docname).parent
         for link in list(self.document.findall(addnodes.pending_xref)):
             if link.get("reftype") != "myst" or link.get("refdomain"):
@@ -250,9 +253,9 @@ def visit_math(translator, node):
     block = isinstance(node, nodes.math_block)
     try:
         formula = convert(node.astext(), display="block" if block else "inline")
-        fault = re.search(r"\\[a-zA-Z]+", formula)  # commands that are not known stay as they are
+        fault = ", ".join(re.findall(r"\\[a-zA-Z]+", formula))  # what it does not know it keeps
     except Exception as error:
-        formula, fault = node.astext(), f"{type(error).__name__}"
+        formula, fault = node.astext(), type(error).__name__
     if fault:
         logger.warning("formula %r: %s", node.astext(), fault, location=node)
     translator.body.append(f'<div class="formula">{formula}</div>' if block else formula)
