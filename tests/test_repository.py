@@ -134,7 +134,7 @@ def test_saved_outputs_are_free_of_errors_and_of_machine_paths(notebook):
 
 def test_committed_results_are_free_of_machine_paths():
     kinds = {".ipynb", ".json", ".md", ".csv"}
-    for folder in ("cpu", "paper", "agents", "benchmarks"):
+    for folder in ("cpu", "paper", "agents", "films", "benchmarks"):
         for path in (ROOT / "outputs" / folder).rglob("*"):
             if path.suffix in kinds and ".ipynb_checkpoints" not in path.parts:
                 assert not machine_path(path), path
