@@ -23,6 +23,8 @@ suppress_warnings = ["myst.header"]  # notebooks may go from # to ###, as GitHub
 myst_update_mathjax = False
 nb_execution_mode = "off"
 nb_merge_streams = True
+# Widgets live in Jupyter alone: their other outputs are shown, and no script is loaded for them.
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 nb_code_prompt_show = nb_code_prompt_hide = "Imports"  # nothing else is folded
 
 smartquotes = False  # they would change "" and -- in text that is meant literally
