@@ -10,7 +10,6 @@ __all__ = ['CollectConfig', 'GymnasiumVecEnv', 'Recorder', 'policy_distribution'
 
 # %% ../nbs/01b_collect.ipynb #102cc8ce
 import difflib
-import pickle
 import random
 import time
 from contextlib import ExitStack, contextmanager
@@ -378,7 +377,9 @@ def run_missing(runs: list[tuple], jobs, report):
     calls = [delayed(registering(config.task, collect_run))(config, *to) for config, *to in runs]
     try:
         run_parallel(calls, jobs, report)
-    except pickle.PicklingError as error:
+    except Exception as error:
+        if type(error).__name__ != "PicklingError":
+            raise
         names = ", ".join({config.task.name: 0 for config, *_ in runs})
         raise TaskError(
             f"environment {names} cannot be sent to another process ({error}): pass a function "

@@ -80,9 +80,7 @@ class Lifetimes:
     reward: np.ndarray  # (L, T) true rewards, whatever the agent was shown
     terminated: np.ndarray  # (L, T) bool
     truncated: np.ndarray  # (L, T) bool
-    streams: int = (
-        1  # environments that take turns within a lifetime: interaction i is of i % streams
-    )
+    streams: int = 1  # environments that take turns: interaction i is of i % streams
     forward_reward: np.ndarray | None = None  # (L, T) where the task reports it
     action_rms: np.ndarray | None = None  # (L, T) root mean square of the executed Box action
 

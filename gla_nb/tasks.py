@@ -6,8 +6,9 @@
 __all__ = ['MOVES', 'DIRECTIONS', 'TASKS', 'move', 'one_hot', 'check_grid', 'draw_grid', 'GridWorldEnv', 'GridWorldVectorEnv',
            'AntDirEnv', 'Task', 'TaskError', 'name_of', 'Copies', 'own_task', 'opened', 'load_dm_control', 'find_id',
            'find_task', 'installed', 'names_in', 'function_parts', 'class_parts', 'object_parts', 'parts', 'registered',
-           'code_hash', 'registering', 'call_registered', 'check_spaces', 'BoundedActions', 'broken', 'Checked',
-           'make_env', 'make_vector_env', 'final_observations', 'forward_rewards', 'reports_forward', 'check_finite']
+           'known_everywhere', 'code_hash', 'registering', 'call_registered', 'check_spaces', 'BoundedActions',
+           'broken', 'Checked', 'make_env', 'make_vector_env', 'final_observations', 'forward_rewards',
+           'reports_forward', 'check_finite']
 
 # %% ../nbs/00_tasks.ipynb #a79688fd
 import copy
@@ -313,8 +314,10 @@ def find_task(task) -> Task:
 def installed(thing) -> bool:
     "Whether a class or function is of the standard library or of an installed package."
     name = (getattr(thing, "__module__", None) or "builtins").partition(".")[0]
+    if name == "__main__":  # a notebook; in a worker process its file is one of joblib
+        return False
     file = getattr(sys.modules.get(name), "__file__", None) or ""
-    return name in sys.stdlib_module_names - {"__main__"} or "site-packages" in file
+    return name in sys.stdlib_module_names or "site-packages" in file
 
 
 def names_in(code: types.CodeType) -> set:
@@ -392,10 +395,15 @@ def registered(id: str):
     return spec
 
 
+def known_everywhere(task: Task) -> bool:
+    "Whether the id of a task means the same in every process, although an object stands behind it."
+    return task.id.startswith("dm_control/")
+
+
 def code_hash(task: Task) -> dict:
     "`{'code': ten digits}` where an object makes the environments of `task`, else `{}`."
     maker = task.make or registered(task.id)
-    if not task.make and isinstance(maker.entry_point, str | None):
+    if not task.make and (known_everywhere(task) or isinstance(maker.entry_point, str | None)):
         return {}
     text = json.dumps(parts(maker))
     return {"code": hashlib.sha256(text.encode()).hexdigest()[:10]}
@@ -404,7 +412,8 @@ def code_hash(task: Task) -> dict:
 def registering(task, call: Callable) -> Callable:
     "`call` as it runs in another process, which first learns what the id of `task` means here."
     task = find_task(task)
-    return functools.partial(call_registered, None if task.make else registered(task.id), call)
+    sent = None if task.make or known_everywhere(task) else registered(task.id)
+    return functools.partial(call_registered, sent, call)
 
 
 def call_registered(spec, call: Callable, *args, **kwargs):

@@ -70,9 +70,7 @@ class TrainConfig:
     tokens: int = 256  # length of a training sequence
     segment_min: int = 21  # shortest stretch of one policy, in tokens
     segment_max: int = 40  # longest; it must fit into one PPO update of one stream
-    before: float = (
-        2.0  # how many gaps before update 0 a sequence may begin (long untrained contexts)
-    )
+    before: float = 2.0  # gaps before update 0 that a sequence may begin: untrained contexts
     turned: float = 0.0  # share of the sequences that begin in the other direction, paid as in this
     stay: float = 0.0  # share of the sequences that show a run's last policy from their first token
     objective: str = "both"  # both (the paper), forward, reverse: KL; nll: of the sampled action
