@@ -353,7 +353,13 @@ def collect_all(configs_or_tasks, jobs=None, **changes) -> list[Path]:
         for folder in sorted(set(folders)):  # in order, or two that share some wait for each other
             locks.enter_context(locked(folder))
         planned = planned_runs(dict(zip(folders, configs, strict=True)))
-        if missing := [each for each in planned if not is_complete(each[2])]:
+        missing = [each for each in planned if not is_complete(each[2])]
+        for folder, config in dict(zip(folders, configs, strict=True)).items():
+            if count := sum(path.parent == folder for *_, path in missing):
+                LOG.info("collecting %d of %d PPO runs into %s", count, config.runs, folder)
+            else:
+                LOG.info("reusing the learning histories in %s", folder)
+        if missing:
             run_missing(missing, jobs, Progress(planned))
     return folders
 
@@ -375,7 +381,6 @@ def run_missing(runs: list[tuple], jobs, report):
     "Collect these runs in parallel. Raises `TaskError` for an environment that cannot go there."
     from joblib import delayed
 
-    LOG.info("collecting %d PPO runs", len(runs))
     calls = [delayed(registering(config.task, collect_run))(config, *to) for config, *to in runs]
     try:
         run_parallel(calls, jobs, report)
