@@ -1,6 +1,6 @@
 # `make` prints what there is to run. Every target installs first when that is needed.
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lab figures clean force
+.PHONY: help .venv demo test lab figures docs clean force
 
 PYTHON ?=
 SCALE ?= cpu
@@ -63,6 +63,13 @@ figures: .venv/.installed  ## FIGURES (by default all) at SCALE=smoke, cpu or pa
 	    $(NOTEBOOK) "nbs/$$notebook.ipynb" "$(OUTPUTS)/$(SCALE)/$$figure.ipynb" \
 	        $$parameters -p scale "$(SCALE)"; \
 	done
+
+# Made anew each time: Sphinx is silent about the faults of pages that it need not read again.
+docs: .venv/.installed  ## documentation site with all its internal links checked, into build/docs
+	@rm -rf build/docs build/docs-source build/docs-cache && mkdir -p build/docs-source
+	.venv/bin/python -m sphinx -q -j 2 -W --keep-going -c docs -d build/docs-cache \
+	    build/docs-source build/docs
+	.venv/bin/python docs/check_site.py build/docs
 
 clean:  ## remove .venv, caches, demo and smoke outputs (histories and checkpoints stay)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['CollectConfig', 'GymnasiumVecEnv', 'Recorder', 'policy_distribution', 'HistoryCallback', 'run_seeds',
-           'own_generators', 'make_ppo', 'is_complete', 'collect_run', 'Progress', 'updates_done', 'collect',
-           'run_folders', 'learning_curves', 'plot_learning_curves']
+           'own_generators', 'make_ppo', 'is_complete', 'collect_run', 'Progress', 'updates_done', 'collect_config',
+           'collect', 'collect_all', 'histories_folder', 'planned_runs', 'run_missing', 'run_folders',
+           'learning_curves', 'plot_learning_curves']
 
 # %% ../nbs/01b_collect.ipynb #102cc8ce
+import difflib
 import random
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +41,14 @@ from gla_nb.stages import (
     stage_folder,
 )
 from gla_nb.tasks import (
+    TaskError,
     check_finite,
+    code_hash,
     final_observations,
     find_task,
     forward_rewards,
     make_vector_env,
+    registering,
     reports_forward,
 )
 
@@ -52,7 +57,7 @@ from gla_nb.tasks import (
 class CollectConfig:
     "PPO runs of one task. Fields that count must be at least 1, or `ValueError`."
 
-    task: str = "grid"  # a name in `gla_nb.tasks.TASKS`, or any id of gymnasium or dm_control
+    task: object = "grid"  # as in `gla_nb.tasks.find_task`: a name, an id, your own environment
     runs: int = 8  # independent PPO runs, each with its own seed
     updates: int = 80  # PPO updates of a run
     streams: int = 16  # environments that a run steps in parallel
@@ -268,7 +273,8 @@ def collect_run(config, run, folder):
             model, recorder = make_ppo(config, run)
             plan = {"streams": config.streams, "updates": config.updates, "seed": seed}
             plan |= {"steps_per_update": config.steps_per_update, "task": config.task}
-            plan |= {"observation_space": recorder.observation_space, "config": config}
+            named = replace(config, task=find_task(config.task).name)
+            plan |= {"observation_space": recorder.observation_space, "config": named}
             plan |= {"forward_reward": recorder.forward}
             with HistoryWriter(folder, action_space=recorder.action_space, **plan) as writer:
                 rows = config.updates * config.steps_per_update * config.streams
@@ -280,21 +286,23 @@ def collect_run(config, run, folder):
 class Progress:
     "The line shown while runs are collected: runs done, steps per second, time left."
 
-    def __init__(self, config, folders):
-        self.config, self.folders = config, folders
+    def __init__(self, runs: list[tuple]):
+        self.runs = runs  # (config, run, folder)
+        names = list({config.task.name: None for config, *_ in runs})
+        self.name = names[0] if len(names) == 1 else f"{len(names)} tasks"
         self.start, self.before = time.monotonic(), None
 
     def __call__(self) -> str:
-        config = self.config
-        done = [updates_done(folder) for folder in self.folders]
-        per_update = config.streams * config.steps_per_update  # interactions
-        total, steps = config.runs * config.updates * per_update, sum(done) * per_update
+        steps, total, finished = 0, 0, 0
+        for config, _, folder in self.runs:
+            done, per_update = updates_done(folder), config.streams * config.steps_per_update
+            steps, total = steps + done * per_update, total + config.updates * per_update
+            finished += done == config.updates
         self.before = steps if self.before is None else min(self.before, steps)
         rate = (steps - self.before) / max(time.monotonic() - self.start, 1e-9)
         left = duration((total - steps) / rate) if rate else "unknown"
-        finished = sum(updates == config.updates for updates in done)
         return (
-            f"{config.task}: {finished} of {config.runs} PPO runs, {steps:,} of {total:,} steps, "
+            f"{self.name}: {finished} of {len(self.runs)} PPO runs, {steps:,} of {total:,} steps, "
             f"{rate:,.0f} steps/s, time left {left}"
         )
 
@@ -306,26 +314,77 @@ def updates_done(folder) -> int:
     except FileNotFoundError:
         return 0
 
-# %% ../nbs/01b_collect.ipynb #d536d435
-def collect(config, jobs=None) -> Path:
-    """Collect all runs of `config` in `jobs` processes (one per core) and return their folder.
+# %% ../nbs/01b_collect.ipynb #e1950f30
+def collect_config(config_or_task, changes: dict) -> CollectConfig:
+    "A ready configuration, or that of a task with the given fields. Raises `ValueError`."
+    if isinstance(config_or_task, CollectConfig):
+        if changes:
+            raise ValueError(f"{sorted(changes)} beside a CollectConfig: put them into it")
+        return config_or_task
+    known = [field.name for field in fields(CollectConfig) if field.name != "task"]
+    for name in changes:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            near = f"did you mean {close[0]!r}?" if close else f"use some of {', '.join(known)}"
+            raise ValueError(f"CollectConfig has no field {name!r}: {near}")
+    return CollectConfig(task=config_or_task, **changes)
 
-    Raises `ValueError` for an unknown task, unsupported spaces or NaN from an environment,
-    `HistoryError` for a damaged or foreign history in the way, `OSError` where nothing fits.
+# %% ../nbs/01b_collect.ipynb #d536d435
+def collect(config_or_task, jobs=None, **changes) -> Path:
+    """Collect all runs in `jobs` processes (one per core) and return their folder.
+
+    Takes a `CollectConfig`, or a task as in `find_task` with fields of `CollectConfig`. Raises
+    `ValueError` for an unknown task or field, unsupported spaces, an environment that fails or
+    gives NaN, `HistoryError` for a damaged or foreign history in the way, `OSError` where nothing
+    fits.
     """
+    return collect_all([config_or_task], jobs, **changes)[0]
+
+
+def collect_all(configs_or_tasks, jobs=None, **changes) -> list[Path]:
+    "The folders of several collections, whose runs share the processes; otherwise as `collect`."
+    configs = [collect_config(each, changes) for each in configs_or_tasks]
+    configs = [replace(config, task=find_task(config.task)) for config in configs]
+    for config in configs:
+        make_vector_env(config.task, 1).close()  # an error here is better than one in each process
+    folders = [histories_folder(config) for config in configs]
+    with ExitStack() as locks:
+        for folder in sorted(set(folders)):  # in order, or two that share some wait for each other
+            locks.enter_context(locked(folder))
+        planned = planned_runs(dict(zip(folders, configs, strict=True)))
+        if missing := [each for each in planned if not is_complete(each[2])]:
+            run_missing(missing, jobs, Progress(planned))
+    return folders
+
+
+def histories_folder(config) -> Path:
+    "The folder of the runs of `config`, which has a `Task`, named by all that they depend on."
+    task = config.task
+    resolved = plain(replace(config, task=task.name)) | {"task": plain(task)} | code_hash(task)
+    return stage_folder("histories", task.name.replace("/", "-").replace(":", "-"), resolved)
+
+
+def planned_runs(configs: dict) -> list[tuple]:
+    "`(config, run, its folder)` of all runs of the configurations by folder."
+    each = [(c, run, folder) for folder, c in configs.items() for run in range(c.runs)]
+    return [(config, run, folder / f"run_{run:03d}") for config, run, folder in each]
+
+
+def run_missing(runs: list[tuple], jobs, report):
+    "Collect these runs in parallel. Raises `TaskError` for an environment that cannot go there."
     from joblib import delayed
 
-    task = find_task(config.task)
-    make_vector_env(task, 1).close()  # an error here is better than one in every process
-    resolved = plain(config) | {"task": plain(task)}  # the table may change what a name means
-    folder = stage_folder("histories", task.name.replace("/", "-"), resolved)
-    folders = [folder / f"run_{run:03d}" for run in range(config.runs)]
-    with locked(folder):
-        missing = [run for run, path in enumerate(folders) if not is_complete(path)]
-        calls = [delayed(collect_run)(config, run, folders[run]) for run in missing]
-        if calls:
-            run_parallel(calls, jobs, Progress(config, folders))
-    return folder
+    calls = [delayed(registering(config.task, collect_run))(config, *to) for config, *to in runs]
+    try:
+        run_parallel(calls, jobs, report)
+    except Exception as error:
+        if type(error).__name__ != "PicklingError":
+            raise
+        names = ", ".join({config.task.name: 0 for config, *_ in runs})
+        raise TaskError(
+            f"environment {names} cannot be sent to another process ({error}): pass a function "
+            "that makes one, or jobs=1"
+        ) from error
 
 # %% ../nbs/01b_collect.ipynb #687c5368
 def run_folders(folder) -> list[Path]:

@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['CONTEXT_FREE', 'FEEDBACK', 'MEMORY', 'CURVE', 'EPISODES', 'N_BINS', 'BINS', 'TEXT', 'LIFETIME', 'EFFECTS', 'COLUMNS',
-           'RANGES', 'VERDICTS', 'CLAIMS', 'LIFETIMES', 'Lifetimes', 'check_lifetimes', 'save_lifetimes',
+           'RANGES', 'VERDICTS', 'CLAIMS', 'LIFETIMES', 'UNFINISHED', 'Lifetimes', 'check_lifetimes', 'save_lifetimes',
            'load_lifetimes', 'Uniform', 'box_space', 'Zero', 'matched_scale', 'MagnitudeMatched', 'check_action_rms',
            'check_agent', 'new_actor', 'shown_reward', 'yoke_to', 'check_meta_test', 'seen_observations', 'meta_test',
-           'curve_name', 'new_record', 'run_lifetimes', 'progress', 'by_stream', 'episode_borders', 'episodes_table',
-           'bins_table', 'write_table', 'read_table', 'returns_at', 'curve', 'level', 'gain', 'change', 'runs_right',
-           'first_episode', 'lifetime_length', 'final_return', 'interactions_to', 'select', 'differences',
-           'check_values', 'bootstrap_interval', 'paired_test', 'holm', 'Claim', 'check_column', 'check_bins',
-           'curve_label', 'claim_row', 'claim_values', 'pool', 'claim_rows', 'claims_table', 'update_claims',
-           'figure_tables', 'write_figure', 'summary', 'draw_means', 'plot_returns', 'bin_curve', 'plot_bins',
-           'in_turns', 'ppo_lifetimes', 'saved_meta_test', 'MetaTest', 'eta_pairs', 'weights_hash', 'load_actor',
-           'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'run_meta_tests', 'has_box_actions']
+           'LifetimeError', 'said_of', 'curve_name', 'new_record', 'first_part', 'run_lifetimes', 'progress',
+           'by_stream', 'episode_borders', 'episodes_table', 'bins_table', 'write_table', 'read_table', 'returns_at',
+           'curve', 'level', 'gain', 'change', 'runs_right', 'first_episode', 'lifetime_length', 'final_return',
+           'interactions_to', 'select', 'differences', 'check_values', 'bootstrap_interval', 'paired_test', 'holm',
+           'Claim', 'check_column', 'check_bins', 'curve_label', 'claim_row', 'claim_values', 'pool', 'claim_rows',
+           'claims_table', 'update_claims', 'figure_tables', 'write_figure', 'summary', 'draw_means', 'plot_returns',
+           'bin_curve', 'plot_bins', 'in_turns', 'ppo_lifetimes', 'saved_meta_test', 'kept_error', 'MetaTest',
+           'eta_pairs', 'weights_hash', 'load_actor', 'meta_test_folder', 'run_meta_test', 'make_lifetimes',
+           'run_meta_tests', 'has_box_actions']
 
 # %% ../nbs/04_evaluate.ipynb #00078d47
 import hashlib
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -55,12 +56,16 @@ from gla_nb.stages import (
     whole,
 )
 from gla_nb.tasks import (
+    Task,
+    TaskError,
     check_finite,
+    code_hash,
     final_observations,
     find_task,
     forward_rewards,
     make_env,
     make_vector_env,
+    registering,
 )
 
 # %% ../nbs/04_evaluate.ipynb #d387f5cc
@@ -75,9 +80,7 @@ class Lifetimes:
     reward: np.ndarray  # (L, T) true rewards, whatever the agent was shown
     terminated: np.ndarray  # (L, T) bool
     truncated: np.ndarray  # (L, T) bool
-    streams: int = (
-        1  # environments that take turns within a lifetime: interaction i is of i % streams
-    )
+    streams: int = 1  # environments that take turns: interaction i is of i % streams
     forward_reward: np.ndarray | None = None  # (L, T) where the task reports it
     action_rms: np.ndarray | None = None  # (L, T) root mean square of the executed Box action
 
@@ -323,7 +326,10 @@ def meta_test(
     projection: str = "",  # another law than that of an agent trained with projections
     name: str | None = None,  # of the curve; by default gla, the word, or that of the control
 ) -> Lifetimes:
-    "Lifetimes that begin with an empty context. Raises `ValueError` for what cannot be run."
+    """Lifetimes that begin with an empty context.
+
+    Raises `ValueError` for what cannot be run, and `LifetimeError` where the environment fails.
+    """
     task, seeds = find_task(task), check_meta_test(seeds, interactions, feedback, memory, yoke)
     check_agent(agent)
     with closing(make_vector_env(task, len(seeds))) as environments:
@@ -331,9 +337,36 @@ def meta_test(
         check_action_rms(agent, len(seeds), interactions, action_rms)
         name = name or (agent if isinstance(agent, str) else curve_name(feedback, memory))
         live = progress(f"meta-test {task.name}, {name}", len(seeds), interactions)
-        record = run_lifetimes(actor, environments, task, seeds, interactions, feedback, yoke, live)
-    gap = (getattr(agent, "about", None) or {}).get("gap", "")
-    return Lifetimes(task.name, name, gap, seeds, **record)
+        gap = (getattr(agent, "about", None) or {}).get("gap", "")
+        box = not hasattr(environments.single_action_space, "n")
+        record, done = new_record(len(seeds), interactions, box), 0
+        try:
+            for done in run_lifetimes(actor, environments, task, seeds, record, feedback, yoke):
+                live(done)
+        except Exception as error:
+            so_far = Lifetimes(task.name, name, gap, seeds, **first_part(record, done))
+            cause = error.__cause__ if isinstance(error, TaskError) else None
+            text = said_of(task, interactions, error, done)
+            raise LifetimeError(text, so_far) from cause or error
+    return Lifetimes(task.name, name, gap, seeds, **first_part(record, interactions))
+
+# %% ../nbs/04_evaluate.ipynb #67b6e504
+class LifetimeError(ValueError):
+    "A meta-test stopped in the middle; `lifetimes` has the interactions complete before."
+
+    def __init__(self, text: str, lifetimes: Lifetimes | None = None):
+        super().__init__(text)
+        self.lifetimes = lifetimes
+        self.file: Path | None = None  # where they are kept, once they are
+
+
+def said_of(task: Task, interactions: int, error: Exception, done: int) -> str:
+    "The text of a `LifetimeError`: which environment, when, what, and what is left."
+    what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return (
+        f"meta-test of {task.name!r} stopped at interaction {done + 1} of {interactions}: {what}; "
+        f"the {done} interactions before are in `lifetimes` of this error"
+    )
 
 # %% ../nbs/04_evaluate.ipynb #cf7f0132
 def curve_name(feedback: str, memory: str) -> str:
@@ -349,12 +382,19 @@ def new_record(lifetimes: int, interactions: int, box: bool) -> dict:
         kinds |= {"forward_reward": np.float32, "action_rms": np.float32}
     return {name: np.zeros((lifetimes, interactions), kind) for name, kind in kinds.items()}
 
+
+def first_part(record: dict, interactions: int) -> dict:
+    "The first `interactions` of each array; a forward reward that was never reported is left out."
+    part = {name: values[:, :interactions] for name, values in record.items()}
+    if np.isnan(part.get("forward_reward", 0.0)).all():
+        del part["forward_reward"]
+    return part
+
 # %% ../nbs/04_evaluate.ipynb #d5bb65b0
-def run_lifetimes(actor, environments, task, seeds, interactions, feedback, yoke, live) -> dict:
-    "The loop of Algorithm 2; arrays `(L, T)` by name."
-    space = environments.single_action_space
-    box = not hasattr(space, "n")
-    record = new_record(len(seeds), interactions, box)
+def run_lifetimes(actor, environments, task, seeds, record, feedback, yoke) -> Iterator[int]:
+    "The loop of Algorithm 2, which fills `record`, (L, T) by name; the interactions done so far."
+    space, interactions = environments.single_action_space, record["reward"].shape[1]
+    box = "action_rms" in record
     noise = own_noise(seeds, getattr(actor, "draws", ACTION), actor.shape, actor.normal)
     draws = own_noise(seeds, SHUFFLE)
     starts = [seed_number("figure", int(seed), ENVIRONMENT) for seed in seeds]
@@ -378,10 +418,7 @@ def run_lifetimes(actor, environments, task, seeds, interactions, feedback, yoke
         shown = shown_reward(feedback, record["reward"], step, yoke, draw)
         actor.observe(observation, action, shown, seen, terminated, truncated)
         observation = following
-        live(step + 1)
-    if box and np.isnan(record["forward_reward"]).all():
-        del record["forward_reward"]
-    return record
+        yield step + 1
 
 # %% ../nbs/04_evaluate.ipynb #2277c094
 def progress(title: str, lifetimes: int, interactions: int) -> Callable[[int], None]:
@@ -958,15 +995,31 @@ def ppo_lifetimes(folders, interactions: int | None = None) -> Lifetimes:
     return Lifetimes(task, "ppo", "", np.arange(len(histories)), streams=streams, **arrays)
 
 # %% ../nbs/04_evaluate.ipynb #3570e245
-LIFETIMES = "lifetimes.npz"
+LIFETIMES, UNFINISHED = "lifetimes.npz", "until_the_error.npz"
 
 
 def saved_meta_test(folder: Path, make: Callable[[], Lifetimes]) -> Lifetimes:
-    "The lifetimes in a stage folder, made by `make()` and kept there when there are none yet."
+    """The lifetimes in a stage folder, made by `make()` and kept there when there are none yet.
+
+    A `LifetimeError` leaves those that were complete in `until_the_error.npz`, and names it.
+    """
     with locked(folder):
         if not (folder / LIFETIMES).exists():
-            save_lifetimes(make(), folder / LIFETIMES)
+            try:
+                save_lifetimes(make(), folder / LIFETIMES)
+            except LifetimeError as error:
+                raise kept_error(error, folder / UNFINISHED) from error.__cause__
+            (folder / UNFINISHED).unlink(missing_ok=True)
         return load_lifetimes(folder / LIFETIMES)
+
+
+def kept_error(error: LifetimeError, file: Path) -> LifetimeError:
+    "The same error, once its lifetimes are in a file; one whose are kept already stays as it is."
+    if error.file is not None or not error.lifetimes.interactions:
+        return error
+    kept = LifetimeError(f"{error}, and in {file}", error.lifetimes)
+    kept.file = save_lifetimes(error.lifetimes, file)
+    return kept
 
 # %% ../nbs/04_evaluate.ipynb #6807a9e6
 @dataclass(frozen=True)
@@ -1031,7 +1084,8 @@ def meta_test_folder(config: MetaTest) -> Path:
     agent = config.agent if config.agent in CONTEXT_FREE else weights_hash(config.agent)
     name = config.task.replace("/", "-").replace(":", "-")
     values = {k: v for k, v in plain(config).items() if k != "name"}  # which changes nothing
-    return stage_folder("meta_tests", name, values | {"agent": agent})
+    values |= {"agent": agent} | code_hash(find_task(config.task))
+    return stage_folder("meta_tests", name, values)
 
 
 def run_meta_test(config: MetaTest) -> Lifetimes:
@@ -1071,7 +1125,8 @@ def run_meta_tests(configs: list[MetaTest], jobs: int | None = None) -> list[Lif
         done = sum((folder / LIFETIMES).exists() for folder in folders)
         return f"meta-test of {configs[0].task}: {done} of {len(folders)} curves done"
 
-    return run_parallel([delayed(run_meta_test)(config) for config in configs], jobs, report)
+    calls = [delayed(registering(config.task, run_meta_test))(config) for config in configs]
+    return run_parallel(calls, jobs, report)
 
 # %% ../nbs/04_evaluate.ipynb #2d36e9a5
 def has_box_actions(task) -> bool:

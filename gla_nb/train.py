@@ -70,9 +70,7 @@ class TrainConfig:
     tokens: int = 256  # length of a training sequence
     segment_min: int = 21  # shortest stretch of one policy, in tokens
     segment_max: int = 40  # longest; it must fit into one PPO update of one stream
-    before: float = (
-        2.0  # how many gaps before update 0 a sequence may begin (long untrained contexts)
-    )
+    before: float = 2.0  # gaps before update 0 that a sequence may begin: untrained contexts
     turned: float = 0.0  # share of the sequences that begin in the other direction, paid as in this
     stay: float = 0.0  # share of the sequences that show a run's last policy from their first token
     objective: str = "both"  # both (the paper), forward, reverse: KL; nll: of the sampled action
@@ -1122,14 +1120,16 @@ def made_by(row: Experiment) -> dict:
     return {"train": plain(row.train), "collect": plain(row.collect), "collected": tasks}
 
 
-def ship_agent(agent_folder, name: str, row: Experiment) -> Path:
+def ship_agent(agent_folder, name: str, row: Experiment, told: dict) -> Path:
     """Copy the trained agent of an experiment to `outputs/agents/name`; returns its folder.
 
-    Its weights are rounded to bfloat16: it acts much as the agent does, and not bit for bit.
+    Its card also says what is `told`: results, limits, command. Its weights are rounded to
+    bfloat16: it acts much as the agent does, and not bit for bit.
     """
     agent = GLA.from_pretrained(agent_folder)
     folder = outputs_folder() / "agents" / name
-    agent.save_pretrained(folder, about=agent.about | made_by(row), dtype=torch.bfloat16)
+    about = agent.about | made_by(row) | {"name": name} | told
+    agent.save_pretrained(folder, about=about, dtype=torch.bfloat16)
     return folder
 
 

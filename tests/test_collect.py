@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import gymnasium as gym
 import numpy as np
@@ -23,6 +23,7 @@ from gla_nb.collect import (
     HistoryCallback,
     collect,
     collect_run,
+    histories_folder,
     learning_curves,
     make_ppo,
     own_generators,
@@ -37,7 +38,15 @@ from gla_nb.histories import (
     validate,
 )
 from gla_nb.stages import locked, read_json
-from gla_nb.tasks import TASKS, GridWorldEnv, Task, final_observations, make_vector_env
+from gla_nb.tasks import (
+    TASKS,
+    GridWorldEnv,
+    Task,
+    final_observations,
+    find_task,
+    make_vector_env,
+)
+from gla_nb.train import find_experiment
 
 torch.set_num_threads(1)
 SMALL = {"streams": 3, "steps_per_update": 20, "batch_size": 30, "epochs": 1, "width": 8}
@@ -310,7 +319,7 @@ def test_damaged_history_in_the_way_is_named_and_kept(damage):
     assert files(run.parent) == before
 
 
-@pytest.mark.parametrize("changes", [{"task": "gird"}, {"task": "Taxi-v4"}])
+@pytest.mark.parametrize("changes", [{"task": "gird"}, {"task": "Blackjack-v1"}])
 def test_wrong_tasks_are_refused_before_anything_is_written(tmp_path, changes):
     with pytest.raises(ValueError, match="unknown task 'gird'|unsupported observation space"):
         collect(CollectConfig(**changes))
@@ -333,3 +342,95 @@ def test_ppo_learns_the_grid_gradually(tmp_path):
     returns = update_returns(open_history(tmp_path / "run"))
     assert returns[-3:].mean() >= 0.95 * 17
     assert returns[:3].mean() < 4 and returns[10] < 0.8 * 17
+
+
+OWN = """
+"A user's own script: everything below is of `__main__`, which no worker process can import."
+import gymnasium as gym
+import numpy as np
+from gla_nb import tasks
+from gla_nb.collect import collect, collect_all, run_folders
+from gla_nb.histories import open_history, validate
+from gla_nb.stages import run_parallel
+from joblib import delayed
+
+PAID = 1.0  # a variable that a method uses
+
+
+class Line(gym.Env):
+    observation_space = gym.spaces.Box(-9, 9, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, goal=1.0):
+        self.goal = goal
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.steps = 0.0, 0
+        return np.float32([self.place]), {}
+
+    def step(self, action):
+        self.place, self.steps = self.place + 0.1 * float(action[0]), self.steps + 1
+        reward = PAID * (self.goal - abs(self.place - self.goal))
+        return np.float32([self.place]), reward, False, self.steps == 10, {}
+
+
+gym.register("Line-v0", Line)
+gym.register("LineByName-v0", "__main__:Line")
+few = dict(runs=2, updates=2, streams=2, steps_per_update=10, batch_size=10, epochs=1, width=8)
+ways = ["Line-v0", "LineByName-v0", Line, Line(2.0), lambda: Line(3.0)]
+ways += [tasks.Task("far", "Line-v0", {"goal": 4.0})]
+folders = collect_all(ways, jobs=2, **few)
+assert len(set(folders)) == len(ways), folders
+for folder in folders:
+    assert [validate(run) for run in run_folders(folder)] == [[], []], folder
+names = [open_history(run_folders(folder)[0]).meta["task"]["name"] for folder in folders]
+assert names == ["Line-v0", "LineByName-v0", "Line", "Line", "Line", "far"], names
+assert collect_all(ways, **few) == folders
+
+there = [tasks.registering("Line-v0", tasks.code_hash)] * 2
+here = tasks.code_hash(tasks.find_task("Line-v0"))
+assert run_parallel([delayed(call)(tasks.find_task("Line-v0")) for call in there], 2) == [here] * 2
+
+PAID = 2.0
+assert collect("Line-v0", jobs=1, **few) not in folders
+PAID = 1.0
+assert collect("Line-v0", **few) == folders[0]
+Line.observation_space = gym.spaces.Box(-8, 9, (1,), np.float32)
+assert not set(collect_all(ways, jobs=1, **few)) & set(folders)
+print("all well")
+"""
+
+
+def test_environments_of_a_script_go_to_other_processes_and_never_meet_old_histories(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    answer = subprocess.run(
+        [sys.executable, str(tmp_path / "own.py")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert answer.stdout.strip() == "all well", answer.stderr
+
+
+def test_histories_of_the_table_of_tasks_keep_their_folders():
+    "The README names the first one; a new hash would collect everything again."
+    row = find_experiment("ant", "cpu").collect
+    folders = [
+        row,
+        replace(row, task="ant_backward"),
+        CollectConfig(),
+        CollectConfig("CartPole-v1"),
+    ]
+    names = [histories_folder(replace(c, task=find_task(c.task))).name for c in folders]
+    known = ["ant-03a25147fe", "ant_backward-cb5f69518e", "grid-6ff01c3f3a"]
+    assert names == [*known, "CartPole-v1-c612644a10"]
+
+
+class Uncopied(GridWorldEnv):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.lock = threading.Lock()
+
+
+def test_an_object_that_cannot_be_copied_asks_for_a_function():
+    with pytest.raises(ValueError, match="Uncopied cannot be copied .*lock.* pass a function that"):
+        collect(Uncopied(), runs=1)
+    assert collect(lambda: Uncopied(), runs=1, updates=1, **SMALL).exists()

@@ -1,6 +1,7 @@
 """Meta-testing and its statistics, against replays, brute force and numbers worked out by hand."""
 
 import itertools
+import pickle
 import warnings
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from gla_nb.evaluate import (
     CLAIMS,
     CONTEXT_FREE,
     Claim,
+    LifetimeError,
     Lifetimes,
     MetaTest,
     bin_curve,
@@ -62,7 +64,7 @@ LENGTHS = (2, 9)  # of an episode of the environment below, drawn anew at each r
 
 
 class Restless(gym.Env):
-    "Random observations, rewards and episode lengths; `broken` gives NaN at step 6."
+    "Random observations, rewards and episode lengths; `broken` says what happens in step 6."
 
     def __init__(self, box=False, broken=""):
         self.broken, self.age = broken, 0
@@ -85,7 +87,10 @@ class Restless(gym.Env):
         observation, reward = self.see(), self.np_random.normal() + float(np.sum(action))
         broken = self.broken if self.age == 6 else ""
         observation[0] = np.nan if broken == "observation" else observation[0]
-        reward = np.nan if broken == "reward" else reward
+        observation = observation[:2] if broken == "shape" else observation
+        reward = {"reward": np.nan, "infinite": -np.inf}.get(broken, reward)
+        if broken == "error":
+            raise KeyError("joint 3")
         forward = {"reward_forward": float(reward) / 2}
         return observation, reward, self.left == 0, self.left == 0 and self.age % 2 == 0, forward
 
@@ -95,6 +100,9 @@ for name, kwargs in {
     "RestlessBox": {"box": True},
     "BrokenObservation": {"broken": "observation"},
     "BrokenReward": {"broken": "reward"},
+    "BrokenInfinite": {"broken": "infinite"},
+    "BrokenShape": {"broken": "shape"},
+    "BrokenError": {"broken": "error"},
 }.items():
     gym.register(f"gla_nb_tests/{name}-v0", entry_point=Restless, kwargs=kwargs)
 
@@ -468,18 +476,52 @@ def test_the_transformer_acts_by_the_same_distributions_as_on_the_whole_sequence
         torch.testing.assert_close(cached, whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("what", ["observation", "reward"])
-def test_nan_from_an_environment_is_named(what):
-    task = f"gla_nb_tests/Broken{what.title()}-v0"
-    with pytest.raises(ValueError, match=f"(?s)Broken{what.title()}.*{what}.*nan.*interaction 6"):
+BROKEN = {  # how an environment breaks in its sixth step, and what is said of it
+    "Observation": "gave observation .*nan.* in stream 0",
+    "Reward": "gave reward nan in stream 0",
+    "Infinite": "gave reward -inf in stream 0",
+    "Shape": r"an observation of shape \(2,\), but its space says \(3,\)",
+    "Error": "raised KeyError: 'joint 3', in step",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_an_environment_that_breaks_costs_nothing_that_was_complete(what):
+    task = f"gla_nb_tests/Broken{what}-v0"
+    said = f"(?s)'{task}' stopped at interaction 6 of 20: .*{BROKEN[what]}.*repair"
+    with pytest.raises(LifetimeError, match=said) as caught:
         meta_test(task, "random", [0, 1], 20)
+    kept, whole = caught.value.lifetimes, meta_test("gla_nb_tests/Restless-v0", "random", [0, 1], 5)
+    assert kept.task == task and kept.interactions == 5
+    for name in ("reward", "terminated", "truncated"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(whole, name))
+    cause = caught.value.__cause__
+    assert isinstance(cause, KeyError if what == "Error" else ValueError)
+    again = pickle.loads(pickle.dumps(caught.value))  # as a worker process sends it
+    assert str(again) == str(caught.value) and again.lifetimes.interactions == 5
 
 
-def test_nan_from_an_agent_is_named():
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_was_complete_is_kept_in_a_file_that_is_no_result(tmp_path, monkeypatch, jobs):
+    monkeypatch.setenv("GLA_NB_OUTPUTS", str(tmp_path))
+    config = MetaTest("gla_nb_tests/BrokenReward-v0", "random", lifetimes=2, interactions=20)
+    both = [config, replace(config, seed=1)]  # two, so that they go to other processes
+    for _ in range(2):  # a second try finds no result either
+        with pytest.raises(LifetimeError, match=r"until_the_error\.npz") as caught:
+            run_meta_tests(both, jobs)
+    folder = caught.value.file.parent
+    kept = load_lifetimes(folder / "until_the_error.npz")
+    np.testing.assert_array_equal(kept.reward, caught.value.lifetimes.reward)
+    assert kept.interactions == 5 and not (folder / "lifetimes.npz").exists()
+    assert not list(folder.glob(".until*"))
+
+
+def test_nan_from_an_agent_is_named_and_leaves_no_interaction():
     agent = Adder(DISCRETE)
     agent.weight[:] = np.nan
-    with pytest.raises(ValueError, match="not finite at interaction 0"):
+    with pytest.raises(LifetimeError, match="stopped at interaction 1 of 5: .*not fin") as caught:
         meta_test(TASKS[DISCRETE], agent, [0], 5)
+    assert caught.value.lifetimes.interactions == len(episodes_table(caught.value.lifetimes)) == 0
 
 
 @pytest.mark.parametrize(

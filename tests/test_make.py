@@ -93,7 +93,7 @@ def wait_for_pip(checkout, process):
 def test_help_lists_every_target(checkout):
     code, output = finish(make(checkout))
     assert code == 0
-    for target in (".venv", "demo", "test", "lab", "figures", "clean"):
+    for target in (".venv", "demo", "test", "lab", "figures", "docs", "clean"):
         assert f"make {target} " in output
     assert not (checkout / ".venv").exists()
 

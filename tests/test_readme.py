@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,12 +39,34 @@ def test_pictures_exist():
     assert pictures and all((ROOT / picture).stat().st_size > 10_000 for picture in pictures)
 
 
-def test_the_example_runs_as_printed(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    environment = os.environ | {"GLA_NB_OUTPUTS": str(tmp_path / "outputs")}
+def run_example(example, **settings):
+    "The standard output of a piece of Python, run in the repository."
     command = [sys.executable, "-c", example]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^(\d+) +(\d+\.\d+)$", done.stdout, re.M)
+    return done.stdout
+
+
+LOOP, LIBRARY = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_loop_runs_as_printed_and_within_the_interval_that_is_stated():
+    stated = re.search(r"had ([\d.]+) m/s on average, between (\S+) and ([\d.]+) \(", README)
+    mean, low, high = map(float, stated.groups())
+    bins = pd.read_csv(RESULTS / "figure3_ant_bins.csv")
+    ours = bins[(bins["agent"] == "gla") & (bins["gap"] == "64") & bins["bin"].isin([6, 7])]
+    lifetimes = ours.groupby("seed")["forward_reward"].mean()
+    assert len(lifetimes) == 64 and ours["interactions"].max() == 2048
+    found = [lifetimes.mean(), lifetimes.min(), lifetimes.max()]
+    assert [abs(round(value, 1)) for value in found] == [mean, low, high]
+    _, end = re.findall(r"(-?[\d.]+) m/s", run_example(LOOP))
+    assert low - 0.1 <= float(end) <= high + 0.1
+
+
+def test_the_example_of_the_library_runs_as_printed(tmp_path):
+    printed = run_example(LIBRARY, GLA_NB_OUTPUTS=str(tmp_path / "outputs"))
+    rows = re.findall(r"^(\d+) +(\d+\.\d+)$", printed, re.M)
     assert [int(episode) for episode, _ in rows] == list(range(20))  # 400 interactions
     assert all(0 <= float(mean) <= 17 for _, mean in rows)

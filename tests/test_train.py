@@ -50,6 +50,7 @@ from gla_nb.train import (
 )
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
 STEPS, UPDATES, STREAMS, RUNS = 20, 6, 4, 3
 # Episodes do not fit into updates of 20 steps: they cross the border of updates.
 TASK_TABLE = {
@@ -998,11 +999,14 @@ def test_a_shipped_agent_stands_in_for_exactly_its_experiment(tmp_path, monkeypa
     about = {"gap": 4}
     agent.save_pretrained(tmp_path / "trained", about=about)
     assert shipped_agent("tiny", row) is None
-    folder = ship_agent(tmp_path / "trained", "tiny", row)
+    told = {"limits": "It is untrained.", "command": "make nothing"}
+    folder = ship_agent(tmp_path / "trained", "tiny", row, told)
     assert folder == tmp_path / "agents" / "tiny" == shipped_agent("tiny", row)
     assert shipped_agent("tiny", replace(row, train=replace(row.train, seed=1))) is None
     assert shipped_agent("tiny", replace(row, collect=replace(row.collect, runs=9))) is None
     assert shipped_agent("tiny", replace(row, tasks=("grid", "other"))) is None
+    card = (folder / "README.md").read_text()
+    assert "# tiny: a general" in card and "It is untrained." in card and "make nothing" in card
     shipped = GLA.from_pretrained(folder)
     for ours, theirs in zip(shipped.parameters(), agent.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.bfloat16().float())
@@ -1010,12 +1014,27 @@ def test_a_shipped_agent_stands_in_for_exactly_its_experiment(tmp_path, monkeypa
     assert sizes[0] < 0.7 * sizes[1]
 
 
-@pytest.mark.parametrize("name", ["ant", "ant_dir", "ant_projected"])
+SHIPPED = {"ant": 1, "ant_dir": 2, "ant_projected": 5, "grid": 1}  # and their tasks
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_agents_are_those_of_the_experiments(name, monkeypatch):
-    monkeypatch.setenv("GLA_NB_OUTPUTS", str(Path(__file__).resolve().parents[1] / "outputs"))
+    monkeypatch.setenv("GLA_NB_OUTPUTS", str(ROOT / "outputs"))
     folder = shipped_agent(name, find_experiment(name, "cpu"))
     assert folder is not None, "make figures SCALE=cpu ships them"
-    weights = (folder / "model.safetensors").stat().st_size
-    assert 1_000_000 < weights < 16_000_000
-    lifetimes = meta_test("ant", GLA.from_pretrained(folder), [0, 1], 40)
-    assert np.isfinite(lifetimes.reward).all() and lifetimes.action_rms.mean() < 0.6
+    assert 100_000 < (folder / "model.safetensors").stat().st_size < 16_000_000
+    assert sorted(path.name for path in (ROOT / "outputs" / "agents").iterdir()) == [*SHIPPED]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_agents_earn_what_their_cards_say(name):
+    agent = GLA.from_pretrained(ROOT / "outputs" / "agents" / name)
+    assert len(agent.about["expected"]) == SHIPPED[name]
+    for task, check in agent.about["expected"].items():
+        length, (low, high) = check["interactions"], check["reward"]
+        lifetimes = meta_test(task, agent, range(check["lifetimes"]), length)
+        last = lifetimes.reward[:, length - length // 4 :].mean()
+        assert low <= last <= high, (task, last)
+    card = (ROOT / "outputs" / "agents" / name / "README.md").read_text()
+    for part in ("## Results", "## Limits", "## Made by", "## Data and recipe"):
+        assert part in card
