@@ -30,11 +30,10 @@ from gla_nb.stages import (
     whole,
     write_json,
 )
-from .tasks import find_task
+from .tasks import AnyTask, find_task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from .tasks import Task
 
 # %% ../nbs/01a_histories.ipynb #d6016b98
 FORMAT, VERSION = "gla_nb learning history", 1
@@ -104,7 +103,7 @@ class ArrayFile:
 # %% ../nbs/01a_histories.ipynb #4d64929c
 def new_meta(
     *,
-    task: Task | str,
+    task: AnyTask,
     observation_space: spaces.Box,
     action_space: spaces.Discrete | spaces.Box,
     streams: int,
