@@ -1,6 +1,6 @@
 # `make` prints what there is to run. Every target installs first when that is needed.
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lab figures docs clean force
+.PHONY: help .venv demo test test-browser lab figures docs clean force
 
 PYTHON ?=
 SCALE ?= cpu
@@ -20,7 +20,7 @@ ifneq ($(shell { .venv/bin/python -c '' && cat .venv/.installed; } 2>/dev/null),
 endif
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 .venv: .venv/.installed  ## install into .venv (Python 3.11 or newer; PYTHON=... chooses one)
 	@echo "Installed: .venv"
@@ -35,6 +35,9 @@ demo: .venv/.installed  ## from nothing to Figure 3 (left) on two CPU cores, in 
 	@cat "$(OUTPUTS)/demo/figure3_grid_table.md"
 	@echo
 	@echo "Figure: $(OUTPUTS)/demo/figure3_grid.png, with the notebook that drew it beside it."
+
+test-browser: .venv/.installed  ## JupyterLab in a headless Chromium (CHROMIUM=... chooses one)
+	@CHROMIUM="$(CHROMIUM)" .venv/bin/python -m pytest tests/browser
 
 test: .venv/.installed  ## all checks: package in sync, style, notebooks, tests
 	@.ci/test

@@ -14,11 +14,8 @@ root_doc = "index"
 # No intersphinx, no scripts of other hosts: the site is built, and read, without a network.
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "repository_pages"]
 nitpicky = True
-# What other libraries document is not linked, and neither are types that are only variables.
-nitpick_ignore_regex = [
-    (r"py:.*", r"(numpy|np|torch|nn|pandas|pd|gymnasium|gym|spaces|matplotlib|stable_baselines3|"
-               r"joblib|accelerate|collections|pathlib|typing|contextlib|dm_control)\..*"),
-]  # fmt: skip
+# What other libraries document is not linked.
+nitpick_ignore_regex = [(r"py:.*", r"(?!gla_nb\.)\w+\..*")]
 
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 6  # links to headings are written as on GitHub
@@ -26,6 +23,9 @@ suppress_warnings = ["myst.header"]  # notebooks may go from # to ###, as GitHub
 myst_update_mathjax = False
 nb_execution_mode = "off"
 nb_merge_streams = True
+# Widgets live in Jupyter alone: their other outputs are shown, and no script is loaded for them.
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+nb_code_prompt_show = nb_code_prompt_hide = "Imports"  # nothing else is folded
 
 smartquotes = False  # they would change "" and -- in text that is meant literally
 default_role = "known_name"  # `words` in docstrings: a link where we document them, else code

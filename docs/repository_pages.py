@@ -19,8 +19,10 @@ from fastcore.docments import docments
 from latex2mathml.converter import convert
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
+from sphinx.util.logging import getLogger
 
 ROOT = Path(__file__).resolve().parents[1]
+logger = getLogger(__name__)
 _parser = ConfigParser(delimiters=["="])
 _parser.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = _parser["DEFAULT"]
@@ -223,11 +225,14 @@ def stage(app):
 
 
 class RepositoryLinks(SphinxTransform):
-    "Links to the README lead to the index, those to files that are no pages to GitHub."
+    "Links to the README lead to the index, those to files that are no pages to GitHub; no badges."
 
     default_priority = 100
 
     def apply(self):
+        for picture in list(self.document.findall(nodes.image)):
+            if "://" in picture["uri"]:  # a badge of another host: its words stay
+                picture.replace_self(nodes.Text(picture.get("alt", picture["uri"])))
         here = (ROOT / self.env.docname).parent
         for link in list(self.document.findall(addnodes.pending_xref)):
             if link.get("reftype") != "myst" or link.get("refdomain"):
@@ -244,9 +249,15 @@ class RepositoryLinks(SphinxTransform):
 
 
 def visit_math(translator, node):
-    "Formulas as MathML, which browsers draw without a script."
+    "Formulas as MathML, which browsers draw without a script; warns of those that are not LaTeX."
     block = isinstance(node, nodes.math_block)
-    formula = convert(node.astext(), display="block" if block else "inline")
+    try:
+        formula = convert(node.astext(), display="block" if block else "inline")
+        fault = ", ".join(re.findall(r"\\[a-zA-Z]+", formula))  # what it does not know it keeps
+    except Exception as error:
+        formula, fault = node.astext(), type(error).__name__
+    if fault:
+        logger.warning("formula %r: %s", node.astext(), fault, location=node)
     translator.body.append(f'<div class="formula">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 

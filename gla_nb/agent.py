@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ETA_MOST', 'ENVIRONMENT', 'ACTION', 'SHUFFLE', 'NOISE', 'AGENT_FILES', 'FORMAT', 'VERSION', 'USE', 'InContext',
-           'no_transition', 'layout_of', 'task_layout', 'check_fits', 'lifetime_projections', 'check_eta', 'eta_values',
-           'own_noise', 'flat_rows', 'one_row', 'Place', 'find_place', 'Acting', 'restored', 'whole_folder',
-           'read_config', 'read_weights', 'agent_folder', 'rows_table', 'card', 'GLA']
+           'next_tokens', 'no_transition', 'taken', 'device_of', 'layout_of', 'task_layout', 'check_fits',
+           'lifetime_projections', 'check_eta', 'eta_values', 'own_noise', 'flat_rows', 'one_row', 'Place',
+           'find_place', 'one_each', 'seeds_of', 'last_observations', 'draw_where', 'Acting', 'Acts', 'restored',
+           'whole_folder', 'read_config', 'read_weights', 'agent_folder', 'rows_table', 'card', 'write_agent', 'GLA']
 
 # %% ../nbs/02c_agent.ipynb #cbb83869
 import json
@@ -53,8 +54,7 @@ class InContext:
         self.eta, self.steps = check_eta(layout, eta), 0
         task, lifetimes = task_layout(layout, environments), environments.num_envs
         self.shape, self.normal = (() if task.discrete else (task.action,)), not task.discrete
-        parameters = getattr(agent, "parameters", lambda: iter(()))
-        self.device = getattr(next(parameters(), None), "device", torch.device("cpu"))
+        self.device = device_of(agent)
         self.cache = agent.new_cache(lifetimes)
         self.normaliser = Normaliser(layout, lifetimes, task.observation)
         self.first = torch.ones(lifetimes, dtype=torch.bool)
@@ -79,12 +79,9 @@ class InContext:
         `seen` is its true next observation, also where an episode ended; None leaves it out.
         """
         transition = (observation, action, reward, terminated, truncated)
-        now = [torch.from_numpy(np.ascontiguousarray(x)) for x in transition]
-        if active is not None:
-            rows = [active.reshape(-1, *[1] * (x.ndim - 1)) for x in now]
-            now = [torch.where(*x) for x in zip(rows, now, self.previous, strict=True)]
-        self.previous, self.steps = tuple(now), self.steps + 1
-        self.first = now[3] | now[4]
+        self.previous = taken(transition, self.previous, active)
+        self.steps += 1
+        self.first = self.previous[3] | self.previous[4]
         done = self.first if active is None else self.first & active
         if self.memory == "episode" and done.any():
             self.cache.empty(done.to(self.device))
@@ -98,18 +95,21 @@ class InContext:
         self._step(seen, torch.zeros_like(done), done)
 
     def _step(self, observation, first, active=None):
-        eta = eta_values(self.layout, self.eta, self.steps).expand(len(first), -1)
-        before, action, reward, terminated, truncated = self.previous
-        now, before, reward = self.normaliser(
-            torch.from_numpy(observation), before, reward, first, active
-        )
-        if self.projections:
-            now, before = map(self.projections.observations, (now, before))
-            action = self.projections.actions(action)
-        last = (before, action, reward, terminated, truncated)
-        tokens = make_tokens(self.layout, now, *last, first, eta).to(self.device)
+        tokens = next_tokens(self, torch.from_numpy(observation), first, active)
         active = None if active is None else active.to(self.device)
         return self.agent.step(tokens, self.cache, active)
+
+# %% ../nbs/02c_agent.ipynb #04f1c0e1
+def next_tokens(context: InContext, observation, first, active=None) -> torch.Tensor:
+    "`(L, layout.width)`; `observation` (L, d_o) joins the statistics of `active` lifetimes."
+    eta = eta_values(context.layout, context.eta, context.steps).expand(len(first), -1)
+    before, action, reward, terminated, truncated = context.previous
+    now, before, reward = context.normaliser(observation, before, reward, first, active)
+    if context.projections:
+        now, before = map(context.projections.observations, (now, before))
+        action = context.projections.actions(action)
+    last = (before, action, reward, terminated, truncated)
+    return make_tokens(context.layout, now, *last, first, eta).to(context.device)
 
 # %% ../nbs/02c_agent.ipynb #f7cafa72
 def no_transition(layout: TokenLayout, lifetimes: int) -> tuple:
@@ -123,6 +123,21 @@ def no_transition(layout: TokenLayout, lifetimes: int) -> tuple:
         no,
         no,
     )
+
+
+def taken(transition, previous: tuple, active=None) -> tuple:
+    "Tensors of a new transition where `active` (L,), by default everywhere; elsewhere `previous`."
+    now = [torch.from_numpy(np.ascontiguousarray(values)) for values in transition]
+    if active is None:
+        return tuple(now)
+    rows = [active.reshape(-1, *[1] * (values.ndim - 1)) for values in now]
+    return tuple(torch.where(*each) for each in zip(rows, now, previous, strict=True))
+
+
+def device_of(agent) -> torch.device:
+    "Where the weights of an agent are; the CPU for one without."
+    parameters = getattr(agent, "parameters", lambda: iter(()))
+    return getattr(next(parameters(), None), "device", torch.device("cpu"))
 
 # %% ../nbs/02c_agent.ipynb #f1ac03f5
 def layout_of(agent) -> TokenLayout:
@@ -275,12 +290,9 @@ def find_place(layout: TokenLayout, environments=None) -> Place:
         observation = getattr(environments, "single_observation_space", None)
         action = getattr(environments, "single_action_space", None)
         mode = (environments.metadata or {}).get("autoreset_mode", AutoresetMode.DISABLED)
-        return Place(
-            number,
-            observation or environments.observation_space,
-            action or environments.action_space,
-            mode if observation else AutoresetMode.DISABLED,
-        )
+        if observation is None:
+            return Place(1, environments.observation_space, environments.action_space)
+        return Place(number, observation, action, mode)
     number = 1 if environments is None else environments
     if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
         raise ValueError(
@@ -296,25 +308,55 @@ def find_place(layout: TokenLayout, environments=None) -> Place:
     box = spaces.Box(-1.0, 1.0, (layout.action,))
     return Place(number, seen, spaces.Discrete(layout.action) if layout.discrete else box)
 
+# %% ../nbs/02c_agent.ipynb #da9cbedd
+def one_each(name: str, values, kind, number: int) -> np.ndarray:
+    "`(number,)` of a kind, from an array or a single value. Raises `ValueError`."
+    row = np.atleast_1d(np.asarray(values, kind))
+    if row.shape != (number,):
+        raise ValueError(f"{name} has shape {row.shape}, for {number} actions")
+    return row
+
+
+def seeds_of(place: Place, seeds=None) -> list[int]:
+    "One seed for each environment, by default 0, 1, 2 and so on. Raises `ValueError`."
+    seeds = list(range(place.num_envs)) if seeds is None else [int(seed) for seed in seeds]
+    if len(seeds) != place.num_envs or min(seeds) < 0:
+        raise ValueError(f"seeds={seeds}: give {place.num_envs} whole numbers from 0")
+    return seeds
+
+
+def last_observations(place: Place, infos: dict, done: np.ndarray) -> np.ndarray | None:
+    "True last observations `(L, d_o)`, zeros where none is `done`; None if `infos` has none."
+    if "final_obs" not in infos:
+        return None
+    last = np.zeros((len(done), *place.single_observation_space.shape), np.float32)
+    for index in np.flatnonzero(done):
+        one = infos["final_obs"][index]
+        last[index] = spaces.utils.flatten(place.observation_space, one)
+    return last
+
+
+def draw_where(noise: list[Iterator], active, shape) -> np.ndarray:
+    "`(L, *shape)`: the next draw of each lifetime that is `active`, zeros for the others."
+    active = np.ones(len(noise), bool) if active is None else active
+    unused = np.zeros(shape, np.float32)
+    return np.stack([next(own)[0] if on else unused for own, on in zip(noise, active, strict=True)])
+
 # %% ../nbs/02c_agent.ipynb #4417e7a5
 class Acting:
     """Lifetimes of one agent in environments that you step, from an empty context.
 
-    `act` and `observe` take turns. Arrays have one row for each of the L environments. Raises
-    `ValueError` for spaces that do not fit the agent, and for seeds that are not one each.
+    `act` and `observe` take turns; arrays have one row for each of the L environments. Raises
+    `ValueError` for spaces that do not fit the agent, and for what is not one each.
     """
 
     def __init__(self, agent, environments=None, seeds=None, eta: dict | None = None):
         self.place = place = find_place(layout_of(agent), environments)
-        seeds = list(range(place.num_envs)) if seeds is None else [int(seed) for seed in seeds]
-        if len(seeds) != place.num_envs or min(seeds) < 0:
-            raise ValueError(f"seeds={seeds}: give {place.num_envs} whole numbers from 0")
-        projections = lifetime_projections(agent, place, seeds)
-        self.context = InContext(agent, place, eta=eta, projections=projections)
-        # One for each lifetime: those whose environment resets in a step draw nothing.
+        seeds = seeds_of(place, seeds)
+        own = lifetime_projections(agent, place, seeds)
+        self.context = InContext(agent, place, eta=eta, projections=own)
         shape, normal = self.context.shape, self.context.normal
         self.noise = [own_noise([seed], ACTION, shape, normal) for seed in seeds]
-        self.unused = np.zeros((place.num_envs, *shape), np.float32)
         self.resets = torch.zeros(place.num_envs, dtype=torch.bool)  # in the step that follows
         self.acted = None  # observations and actions of which nothing is known yet
 
@@ -323,15 +365,11 @@ class Acting:
         if self.acted is not None:
             raise ValueError("act was called twice: call observe with what came of the first")
         rows = flat_rows(self.place.observation_space, observation, self.place.num_envs)
-        check_finite(
-            "your environment", rows, np.zeros(len(rows)), f"interaction {self.interactions}"
-        )
+        self._check(rows, np.zeros(len(rows)))
         active = self._active()
         if active is not None:
             self.context.finish(rows, self.resets)
-        draws = zip(self.noise, self.unused, self.resets, strict=True)
-        noise = np.stack([no if reset else next(own)[0] for own, no, reset in draws])
-        action = self.context.act(rows, noise, active)
+        action = self.context.act(rows, draw_where(self.noise, active, self.context.shape), active)
         if self.context.normal:  # the context gets the clipped action, as the environment does
             action = np.clip(action, -1, 1).astype(np.float32)
         self.acted = rows, action
@@ -345,47 +383,62 @@ class Acting:
         """
         if self.acted is None:
             raise ValueError("observe tells what came of an action: call act first")
-        number, space = self.place.num_envs, self.place.observation_space
-        reward = self._row("reward", reward, np.float32)
-        ends = [self._row("terminated", terminated, bool), self._row("truncated", truncated, bool)]
-        check_finite(
-            "your environment", np.zeros_like(reward), reward, f"interaction {self.interactions}"
-        )
-        active = self._active()
-        done, seen = torch.from_numpy(ends[0] | ends[1]), None
+        number = self.place.num_envs
+        reward = one_each("reward", reward, np.float32, number)
+        ends = [one_each("end", values, bool, number) for values in (terminated, truncated)]
+        self._check(np.zeros_like(reward), reward)
+        active, done, seen = self._active(), torch.from_numpy(ends[0] | ends[1]), None
         if self.place.autoreset == AutoresetMode.SAME_STEP:
-            seen = self._last(infos or {}, done.numpy())
+            seen = last_observations(self.place, infos or {}, done.numpy())
         elif self.place.autoreset == AutoresetMode.DISABLED and observation is not None:
-            seen = flat_rows(space, observation, number)
+            seen = flat_rows(self.place.observation_space, observation, number)
         self.context.observe(*self.acted, reward, seen, *ends, active)
         self.acted = None
         if self.place.autoreset == AutoresetMode.NEXT_STEP:
             self.resets = done & ~self.resets
 
-    @property
-    def interactions(self) -> int:
-        "Steps of the environments so far."
-        return self.context.steps
-
-    def _active(self):
-        "(L,) bool: whose environment takes a step, not a reset; None for all."
+    def _active(self):  # (L,) bool: whose environment takes a step, not a reset; None for all
         return ~self.resets if self.resets.any() else None
 
-    def _row(self, name, values, kind):
-        row = np.atleast_1d(np.asarray(values, kind))
-        if row.shape != (self.place.num_envs,):
-            raise ValueError(f"{name} has shape {row.shape}, for {self.place.num_envs} actions")
-        return row
+    def _check(self, observation, reward):
+        check_finite("your environment", observation, reward, f"interaction {self.context.steps}")
 
-    def _last(self, infos, done):
-        "True last observations `(L, d_o)`, zeros where no episode ended; None without `infos`."
-        if "final_obs" not in infos:
-            return None
-        last = np.zeros((len(done), *self.place.single_observation_space.shape), np.float32)
-        for index in np.flatnonzero(done):
-            one = infos["final_obs"][index]
-            last[index] = spaces.utils.flatten(self.place.observation_space, one)
-        return last
+# %% ../nbs/02c_agent.ipynb #cc54f56c
+class Acts:
+    "Methods of an agent with `config.layout` with which it acts in environments of its user's."
+
+    acting: Acting | None = None  # the lifetime that has begun
+
+    def batch(self, environments=None, seeds=None, eta: dict | None = None) -> Acting:
+        "New lifetimes in a vector environment, or in so many environments of the trained shape."
+        return Acting(self, environments, seeds, eta)
+
+    def begin(self, environment=None, seed: int = 0, eta: dict | None = None) -> "GLA":
+        """Empty the context and begin a lifetime in `environment`; `seed` is that of its actions.
+
+        Without one, observations and actions are those of the training, actions in [-1, 1].
+        """
+        if getattr(environment, "num_envs", 1) != 1:
+            raise ValueError(f"{environment} has several environments: use batch(environments)")
+        self.acting = self.batch(environment, [seed], eta)
+        return self
+
+    def act(self, observation):
+        "The next action in an environment that gave `observation`; begins if nothing has begun."
+        self.acting = self.acting or self.begin().acting
+        action = self.acting.act(one_row(self.acting.place.observation_space, observation))[0]
+        return int(action) if self.config.layout.discrete else action
+
+    def observe(self, reward, terminated, truncated, observation=None):
+        """What `step` returned for that action. `ValueError` when none was asked for.
+
+        `observation` is needed where an episode ends: the agent has no other way to see it.
+        """
+        if self.acting is None:
+            raise ValueError("observe tells what came of an action: call act first")
+        if observation is not None:
+            observation = one_row(self.acting.place.observation_space, observation)
+        self.acting.observe(reward, terminated, truncated, observation)
 
 # %% ../nbs/02c_agent.ipynb #beb80103
 AGENT_FILES = ("config.json", "model.safetensors", "README.md")
@@ -505,7 +558,7 @@ def rows_table(rows: list[dict]) -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in lines)
 
-
+# %% ../nbs/02c_agent.ipynb #16e6493c
 def card(agent) -> str:
     "The model card, from the configuration of the agent and what it says `about` itself."
     about, layout = agent.about, agent.config.layout
@@ -542,45 +595,22 @@ def card(agent) -> str:
     parts += ["## Data and recipe", rows_table([{"field": k, "value": v} for k, v in rows.items()])]
     return "\n\n".join(parts) + "\n"
 
+# %% ../nbs/02c_agent.ipynb #7aa20c7c
+def write_agent(agent, folder: Path, dtype: torch.dtype):
+    "The three files of an agent, its weights as `dtype`, into an empty folder."
+    values = {"format": FORMAT, "version": VERSION, "config": plain(agent.config)}
+    write_json(folder / "config.json", values | {"about": agent.about, "versions": versions()})
+    weights = {name: w.detach().to("cpu", dtype) for name, w in agent.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights))
+    (folder / "README.md").write_text(card(agent))
+
 # %% ../nbs/02c_agent.ipynb #b255aa95
-class GLA(Decoder, PyTorchModelHubMixin, library_name="gla_nb", license="apache-2.0"):
+class GLA(Acts, Decoder, PyTorchModelHubMixin, library_name="gla_nb", license="apache-2.0"):
     "The agent: a `Decoder` with `about`, a plain dictionary that says how it was trained."
 
     def __init__(self, config: GLAConfig, seed: int = 0):
         super().__init__(config, seed)
         self.about: dict = {}
-        self.acting: Acting | None = None
-
-    def batch(self, environments=None, seeds=None, eta: dict | None = None) -> Acting:
-        "New lifetimes in a vector environment, or in so many environments of the trained shape."
-        return Acting(self, environments, seeds, eta)
-
-    def begin(self, environment=None, seed: int = 0, eta: dict | None = None) -> "GLA":
-        """Empty the context and begin a lifetime in `environment`; `seed` is that of its actions.
-
-        Without one, observations and actions are those of the training, actions in [-1, 1].
-        """
-        if getattr(environment, "num_envs", 1) != 1:
-            raise ValueError(f"{environment} has several environments: use batch(environments)")
-        self.acting = self.batch(environment, [seed], eta)
-        return self
-
-    def act(self, observation):
-        "The next action in an environment that gave `observation`; begins if nothing has begun."
-        self.acting = self.acting or self.begin().acting
-        action = self.acting.act(one_row(self.acting.place.observation_space, observation))[0]
-        return int(action) if self.config.layout.discrete else action
-
-    def observe(self, reward, terminated, truncated, observation=None):
-        """What `step` returned for that action. `ValueError` when none was asked for.
-
-        `observation` is needed where an episode ends: the agent has no other way to see it.
-        """
-        if self.acting is None:
-            raise ValueError("observe tells what came of an action: call act first")
-        if observation is not None:
-            observation = one_row(self.acting.place.observation_space, observation)
-        self.acting.observe(reward, terminated, truncated, observation)
 
     def save_pretrained(
         self,
@@ -593,14 +623,8 @@ class GLA(Decoder, PyTorchModelHubMixin, library_name="gla_nb", license="apache-
     ):
         "Write the folder whole; the last two are what `push_to_hub` sends, and are not used."
         self.about = plain(self.about if about is None else about)
-        weights = {name: w.detach().to("cpu", dtype) for name, w in self.state_dict().items()}
         with whole_folder(folder) as saving:
-            values = {"format": FORMAT, "version": VERSION, "config": plain(self.config)}
-            write_json(
-                saving / "config.json", values | {"about": self.about, "versions": versions()}
-            )
-            (saving / "model.safetensors").write_bytes(safetensors.torch.save(weights))
-            (saving / "README.md").write_text(card(self))
+            write_agent(self, saving, dtype)
 
     @classmethod
     def from_pretrained(cls, folder, *, revision: str | None = None, token=None) -> "GLA":

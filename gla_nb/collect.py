@@ -32,6 +32,7 @@ from gla_nb.histories import (
     update_returns,
 )
 from gla_nb.stages import (
+    LOG,
     duration,
     locked,
     plain,
@@ -374,6 +375,7 @@ def run_missing(runs: list[tuple], jobs, report):
     "Collect these runs in parallel. Raises `TaskError` for an environment that cannot go there."
     from joblib import delayed
 
+    LOG.info("collecting %d PPO runs", len(runs))
     calls = [delayed(registering(config.task, collect_run))(config, *to) for config, *to in runs]
     try:
         run_parallel(calls, jobs, report)

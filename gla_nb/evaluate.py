@@ -44,6 +44,7 @@ from gla_nb.agent import (
 )
 from .histories import History, open_history
 from gla_nb.stages import (
+    LOG,
     Live,
     cpu_threads,
     duration,
@@ -80,9 +81,7 @@ class Lifetimes:
     reward: np.ndarray  # (L, T) true rewards, whatever the agent was shown
     terminated: np.ndarray  # (L, T) bool
     truncated: np.ndarray  # (L, T) bool
-    streams: int = (
-        1  # environments that take turns within a lifetime: interaction i is of i % streams
-    )
+    streams: int = 1  # environments that take turns: interaction i is of i % streams
     forward_reward: np.ndarray | None = None  # (L, T) where the task reports it
     action_rms: np.ndarray | None = None  # (L, T) root mean square of the executed Box action
 
@@ -1006,7 +1005,9 @@ def saved_meta_test(folder: Path, make: Callable[[], Lifetimes]) -> Lifetimes:
     A `LifetimeError` leaves those that were complete in `until_the_error.npz`, and names it.
     """
     with locked(folder):
-        if not (folder / LIFETIMES).exists():
+        if (folder / LIFETIMES).exists():
+            LOG.info("reusing the lifetimes in %s", folder)
+        else:
             try:
                 save_lifetimes(make(), folder / LIFETIMES)
             except LifetimeError as error:

@@ -28,12 +28,8 @@ class TokenLayout:
 
     observation: int  # d_o, length of the flattened observation
     action: int  # number of discrete actions, or dimensions of a Box action
-    discrete: (
-        bool  # True: actions are integers and enter one-hot; False: Box, they enter as executed
-    )
-    eta: tuple[
-        str, ...
-    ] = ()  # conditioning of Equation 1, any of `ETA`; none in the paper's figures
+    discrete: bool  # actions are integers and enter one-hot; else Box, and enter as executed
+    eta: tuple[str, ...] = ()  # conditioning of Equation 1, any of `ETA`; none in the figures
     normalise: int = 0  # causal normalisation: largest count of its statistics; 0: values are raw
     projection: str = ""  # law by which tasks of any size are projected to these sizes; "": none
 

@@ -45,6 +45,7 @@ from gla_nb.projections import (
     normalise_sequences,
 )
 from gla_nb.stages import (
+    LOG,
     Live,
     cpu_threads,
     locked,
@@ -70,9 +71,7 @@ class TrainConfig:
     tokens: int = 256  # length of a training sequence
     segment_min: int = 21  # shortest stretch of one policy, in tokens
     segment_max: int = 40  # longest; it must fit into one PPO update of one stream
-    before: float = (
-        2.0  # how many gaps before update 0 a sequence may begin (long untrained contexts)
-    )
+    before: float = 2.0  # gaps before update 0 that a sequence may begin: untrained contexts
     turned: float = 0.0  # share of the sequences that begin in the other direction, paid as in this
     stay: float = 0.0  # share of the sequences that show a run's last policy from their first token
     objective: str = "both"  # both (the paper), forward, reverse: KL; nll: of the sampled action
@@ -803,6 +802,7 @@ def load_checkpoint(trainer: Trainer) -> bool:
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     trainer.step, trainer.log = state["step"], state["log"]
+    LOG.info("going on at step %d of %s", trainer.step, path)
     return True
 
 # %% ../nbs/03_train.ipynb #1ae7644c
@@ -852,6 +852,8 @@ def train(config: TrainConfig, histories, live: bool = True) -> Path:
             if main:
                 trainer.agent.save_pretrained(folder / "agent", about=agent_card(trainer))
             trainer.accelerator.wait_for_everyone()
+        elif main:
+            LOG.info("reusing the agent in %s", folder)
     return folder / "agent"
 
 # %% ../nbs/03_train.ipynb #42c74087
