@@ -558,6 +558,8 @@ class Checked(gym.Wrapper):
 def make_env(task: AnyTask) -> gym.Env:
     "One environment of `task`: flat float32 observations, Box actions in [-1, 1]. `ValueError`."
     task = find_task(task)
+    if known_everywhere(task):
+        load_dm_control()  # a task that came from another process has not been looked up in this
     with warnings.catch_warnings():
         outdated = r".*The environment .* is out of date"
         warnings.filterwarnings("ignore", outdated, DeprecationWarning)
