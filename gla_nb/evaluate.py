@@ -260,7 +260,7 @@ def check_agent(agent: Agent | str) -> None:
 def new_actor(
     agent: Agent | str,
     environments: gym.vector.VectorEnv,
-    memory: Memory = "lifetime",
+    memory: str = "lifetime",
     eta: dict | None = None,
     action_rms: np.ndarray | None = None,
     seeds: Sequence[int] | np.ndarray = (),
