@@ -369,7 +369,7 @@ def one_each(
     name: str, values: Sequence[float] | np.ndarray | float, kind: type, number: int
 ) -> np.ndarray:
     "`(number,)` of a kind, from an array or a single value. Raises `ValueError`."
-    row = np.atleast_1d(np.asarray(values, kind))
+    row: np.ndarray = np.atleast_1d(np.asarray(values, kind))
     if row.shape != (number,):
         raise ValueError(f"{name} has shape {row.shape}, for {number} actions")
     return row
@@ -646,7 +646,7 @@ def card(agent: "GLA") -> str:
     about, layout = agent.about, agent.config.layout
     size = sum(parameter.numel() for parameter in agent.parameters())
     tasks = [task for task in about.get("tasks", []) if isinstance(task, dict)]
-    task = tasks[0] if tasks else {"id": "ENVIRONMENT", "kwargs": {}}
+    task: dict = tasks[0] if tasks else {"id": "ENVIRONMENT", "kwargs": {}}
     arguments = "".join(f", {name}={json.dumps(value)}" for name, value in task["kwargs"].items())
     kind = "of any Box task of up to " * bool(layout.projection)
     kind += f"{layout.observation} observations, {layout.action} "

@@ -60,7 +60,7 @@ def paper_rows(claims: pd.DataFrame) -> pd.DataFrame:
 SEVERAL = ("figure4", "figure5")  # figures of several tasks: the test names its own
 
 
-def figure_seconds(folder: Path, figure: str) -> float:
+def figure_seconds(folder: Path | str, figure: str) -> float:
     "Seconds that all stages of a figure took, from its JSON file; NaN where there is none yet."
     path = Path(folder) / f"{figure}.json"
     return sum(read_json(path)["seconds"].values()) if path.exists() else float("nan")

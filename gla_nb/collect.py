@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 class CollectConfig:
     "PPO runs of one task. Fields that count must be at least 1, or `ValueError`."
 
-    task: object = "grid"  # as in `gla_nb.tasks.find_task`: a name, an id, your own environment
+    task: Any = "grid"  # as in `gla_nb.tasks.find_task`: a name, an id, your own environment
     runs: int = 8  # independent PPO runs, each with its own seed
     updates: int = 80  # PPO updates of a run
     streams: int = 16  # environments that a run steps in parallel
@@ -107,7 +107,7 @@ class GymnasiumVecEnv(VecEnv):
         self._seeds = list(seeds) if seeds is not None else self._seeds
 
     def reset(self) -> np.ndarray:
-        observation, _ = self.envs.reset(seed=self._seeds)
+        observation, _ = self.envs.reset(seed=self._seeds)  # type: ignore[arg-type]  # one each
         self._reset_seeds()  # later resets go on with the streams' own generators
         return observation
 
@@ -119,7 +119,7 @@ class GymnasiumVecEnv(VecEnv):
         self.terminated, self.truncated = terminated, truncated
         self.final_observation = final_observations(observation, infos)
         self.forward_reward = forward_rewards(infos, terminated | truncated)
-        answers = [{} for _ in range(self.num_envs)]
+        answers: list[dict] = [{} for _ in range(self.num_envs)]
         for index in np.flatnonzero(terminated | truncated):
             answers[index]["terminal_observation"] = self.final_observation[index]
             answers[index]["TimeLimit.truncated"] = bool(truncated[index] and not terminated[index])
@@ -160,7 +160,8 @@ class Recorder(VecEnvWrapper):
         super().__init__(venv)
         self.forward = reports_forward(task)
         self.names = self.names + ["forward_reward"] * self.forward
-        self.task, self.update, self.steps = task, 0, []
+        self.task, self.update = task, 0
+        self.steps: list[list[np.ndarray]] = []
         # float64 actions would differ from the recorded ones in the last digits.
         self.dtype = np.float32 if len(venv.action_space.shape) else np.int64
 
@@ -290,7 +291,7 @@ def collect_run(config: CollectConfig, run: int, folder: Path | str) -> None:
         seed = run_seeds(config, run)[0]
         with own_generators(seed):
             model, recorder = make_ppo(config, run)
-            plan = {"streams": config.streams, "updates": config.updates, "seed": seed}
+            plan: dict = {"streams": config.streams, "updates": config.updates, "seed": seed}
             plan |= {"steps_per_update": config.steps_per_update, "task": config.task}
             named = replace(config, task=find_task(config.task).name)
             plan |= {"observation_space": recorder.observation_space, "config": named}
@@ -309,7 +310,8 @@ class Progress:
         self.runs = runs  # (config, run, folder)
         names = list({config.task.name: None for config, *_ in runs})
         self.name = names[0] if len(names) == 1 else f"{len(names)} tasks"
-        self.start, self.before = time.monotonic(), None
+        self.start = time.monotonic()
+        self.before: int | None = None
 
     def __call__(self) -> str:
         steps, total, finished = 0, 0, 0

@@ -260,7 +260,7 @@ def check_agent(agent: Agent | str) -> None:
 def new_actor(
     agent: Agent | str,
     environments: gym.vector.VectorEnv,
-    memory: str = "lifetime",
+    memory: Memory = "lifetime",
     eta: dict | None = None,
     action_rms: np.ndarray | None = None,
     seeds: Sequence[int] | np.ndarray = (),
@@ -272,7 +272,8 @@ def new_actor(
         return InContext(agent, environments, memory, eta, projections)
     if agent == "magnitude_matched":
         return MagnitudeMatched(environments, action_rms)
-    return {"random": Uniform, "zero": Zero}[agent](environments)
+    words: dict[str, type[Uniform] | type[Zero]] = {"random": Uniform, "zero": Zero}
+    return words[agent](environments)
 
 # %% ../nbs/04_evaluate.ipynb #56d64827
 Feedback = Literal["true", "hidden", "yoked", "shuffled"]
@@ -412,7 +413,7 @@ def new_record(lifetimes: int, interactions: int, box: bool) -> dict[str, np.nda
     return {name: np.zeros((lifetimes, interactions), kind) for name, kind in kinds.items()}
 
 
-def first_part(record: dict[str, np.ndarray], interactions: int) -> dict[str, np.ndarray]:
+def first_part(record: dict[str, np.ndarray], interactions: int) -> dict:
     "The first `interactions` of each array; a forward reward that was never reported is left out."
     part = {name: values[:, :interactions] for name, values in record.items()}
     if np.isnan(part.get("forward_reward", 0.0)).all():
@@ -1084,7 +1085,7 @@ def saved_meta_test(folder: Path, make: Callable[[], Lifetimes]) -> Lifetimes:
 
 def kept_error(error: LifetimeError, file: Path) -> LifetimeError:
     "The same error, once its lifetimes are in a file; one whose are kept already stays as it is."
-    if error.file is not None or not error.lifetimes.interactions:
+    if error.file is not None or not error.lifetimes or not error.lifetimes.interactions:
         return error
     kept = LifetimeError(f"{error}, and in {file}", error.lifetimes)
     kept.file = save_lifetimes(error.lifetimes, file)
@@ -1165,7 +1166,8 @@ def run_meta_test(config: MetaTest) -> Lifetimes:
 
 def make_lifetimes(config: MetaTest) -> Lifetimes:
     "Run the meta-test of one curve, on one thread: another number changes the last bits."
-    given, name = {}, "untrained" if config.untrained and not config.matched else None
+    given: dict = {}
+    name = "untrained" if config.untrained and not config.matched else None
     if config.feedback == "yoked" or config.matched:  # to the same agent with its true rewards
         source = run_meta_test(replace(config, feedback="true", matched=False))
         given = {"action_rms": source.action_rms} if config.matched else {"yoke": yoke_to(source)}

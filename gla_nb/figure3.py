@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -200,9 +200,10 @@ EARLY, LATE = (2, 6), (16, 20)  # bins of windows 2-3 and 9-10 in a lifetime of 
 
 def learning_claims(task: str, gap: int | str, half: float) -> list[Claim]:
     "Whether one agent learns to walk; `half` is half of the forward reward that PPO ended with."
-    name, own = f"g = {gap}", {"gap": gap, "level": 0.01, "tasks": (task,)}
-    noise = {"against": "magnitude_matched", "against_gap": gap}
-    forward = {"column": "forward_reward", "bins": LAST}
+    name = f"g = {gap}"
+    own: dict[str, Any] = {"gap": gap, "level": 0.01, "tasks": (task,)}
+    noise: dict[str, Any] = {"against": "magnitude_matched", "against_gap": gap}
+    forward: dict[str, Any] = {"column": "forward_reward", "bins": LAST}
     return [
         Claim(f"{name} improves within a lifetime", "gain", **own),
         Claim(f"{name} gains more than noise as strong as its actions", "gain", **own, **noise),

@@ -9,7 +9,7 @@ __all__ = ['DIRECTIONS', 'FIRST_WINDOW', 'FIRST_HALF', 'LOOKS', 'agent_plans', '
 # %% ../nbs/11_figure4.ipynb #feeb3495
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -79,8 +79,9 @@ FIRST_HALF = (0, 4, 12, 16)  # bins of the first and the last quarter of its fir
 
 def direction_claims(gap: int | str) -> list[Claim]:
     "The paper's claims about Figure 4, for agents of one gap."
-    both, forward = {"agent": "gla_both", "gap": gap}, {"agent": "gla_forward", "gap": gap}
-    speed = {"column": "forward_reward"}
+    both: dict[str, Any] = {"agent": "gla_both", "gap": gap}
+    forward: dict[str, Any] = {"agent": "gla_forward", "gap": gap}
+    speed: dict[str, Any] = {"column": "forward_reward"}
     return [
         Claim(
             "trained on both: velocity rises from the first window to the last quarter", "change",
@@ -119,7 +120,7 @@ def direction_claims(gap: int | str) -> list[Claim]:
 # %% ../nbs/11_figure4.ipynb #3d1572ce
 def direction_control_claims(gap: int | str) -> list[Claim]:
     "Without its own rewards the agent runs right as often as chance has it."
-    chance = {"tasks": DIRECTIONS, "pooled": True, "against": 0.5}
+    chance: dict[str, Any] = {"tasks": DIRECTIONS, "pooled": True, "against": 0.5}
     claims = [
         Claim(
             f"{name}: runs right as often as chance has it", "runs_right", agent=name, gap=gap,

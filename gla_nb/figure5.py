@@ -10,7 +10,7 @@ __all__ = ['TASKS', 'LOOKS', 'agent_plans', 'domain_curves', 'domain_controls', 
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -81,7 +81,13 @@ def domain_claims(gap: int | str) -> list[Claim]:
     beside = {"gla_1": ("magnitude_matched", "yoked", "no_projection"), "gla_2": ("no_projection",)}
     claims = []
     for name in ("gla_1", "gla_2"):
-        own = {"effect": "gain", "agent": name, "gap": gap, "tasks": TASKS, "level": 0.01}
+        own: dict[str, Any] = {
+            "effect": "gain",
+            "agent": name,
+            "gap": gap,
+            "tasks": TASKS,
+            "level": 0.01,
+        }
         claims += [
             Claim(f"{name} improves within a lifetime", **own),
             *[

@@ -47,7 +47,7 @@ def describe_action(space: spaces.Discrete | spaces.Box) -> dict:
     return {"kind": "Box", "low": space.low.tolist(), "high": space.high.tolist()}
 
 
-def row_fields(meta: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def row_fields(meta: dict) -> dict[str, tuple]:
     "Shape and type of one row of each field, by name; floats have the `precision` of `meta`."
     real = PRECISIONS[meta.get("precision", "float32")]
     observation = (tuple(meta["observation"]["shape"]), real)
@@ -521,7 +521,11 @@ def export_meta(
         )
     returns = update_returns(history)[:: every // history.every].tolist()
     returns = [None if math.isnan(value) else value for value in returns]  # JSON has no NaN
-    done = {"updates": len(returns), "updates_done": len(returns), "rows": len(returns) * steps}
+    done: dict = {
+        "updates": len(returns),
+        "updates_done": len(returns),
+        "rows": len(returns) * steps,
+    }
     done |= {"streams": streams, "steps_per_update": steps, "every": every, "precision": "float16"}
     return meta | done | {"exported_from": run, "returns": returns}
 

@@ -8,7 +8,7 @@ __all__ = ['SUSPECTS', 'two_agents', 'Switched', 'suspect_lifetimes', 'first_lif
 
 # %% ../nbs/14_long_lifetimes.ipynb #5aea71b6
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class Switched:
         return outputs
 
 
-SUSPECTS = {
+SUSPECTS: dict[str, dict[str, Any]] = {
     "no sampling": {"greedy": True},
     "counts of a life": {"counts": 10**9},
     "emptied each window": {"fresh": True},
@@ -114,11 +114,15 @@ def long_lifetimes(row: Experiment, agents: dict, seed: int) -> dict[str, Lifeti
 def forgetting_claims(gap: int | str) -> list[Claim]:
     "Whether the first agent loses reward between windows 2-3 and 9-10, and who is to blame."
     first = "progress_alone"
-    ranges = {"effect": "change", "bins": (*EARLY, *LATE), "gap": gap}
-    late = {"effect": "level", "bins": LATE, "gap": gap}
+    ranges: dict[str, Any] = {"effect": "change", "bins": (*EARLY, *LATE), "gap": gap}
+    late: dict[str, Any] = {"effect": "level", "bins": LATE, "gap": gap}
     claims = [Claim("trained on progress alone: forgets", direction="less", agent=first, **ranges)]
     for name in (*SUSPECTS, "staying too"):
-        other = {"agent": name.replace(" ", "_"), "against": first, "against_gap": gap}
+        other: dict[str, Any] = {
+            "agent": name.replace(" ", "_"),
+            "against": first,
+            "against_gap": gap,
+        }
         claims.append(Claim(f"{name}: forgets less", **other, **ranges))
         claims.append(Claim(f"{name}: earns more in windows 9 and 10", **other, **late))
     quarters = (N_BINS // 4, N_BINS // 2, *LAST)

@@ -75,7 +75,7 @@ def make_tokens(
     previous = previous.masked_fill(first[..., None], 0.0)
     parts = [observation.float(), previous]
     if layout.eta:
-        parts.append(eta.float())
+        parts.append(eta.float())  # type: ignore[union-attr]  # given where the layout has any
     return torch.cat(parts, -1)
 
 # %% ../nbs/02a_projections.ipynb #02f335b2
@@ -327,7 +327,10 @@ def draw_projections(
     inverse = np.zeros((len(shapes), widest[1], SIZES[1]))
     for shape in np.unique(shapes, axis=0):
         rows = np.flatnonzero((shapes == shape).all(1))
-        seeds = (seed_sequence(stream, PROJECTION, *map(int, np.atleast_1d(keys[r]))) for r in rows)
+        seeds = (
+            seed_sequence(stream, PROJECTION, *map(int, np.atleast_1d(keys[r])))
+            for r in rows.tolist()
+        )
         generators = [np.random.default_rng(seed) for seed in seeds]
         for matrices, size, d, what in zip(
             made, SIZES, shape, ("observations", "actions"), strict=True

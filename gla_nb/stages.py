@@ -49,7 +49,7 @@ def storage_error(path: Path | str, error: OSError) -> OSError:
         errno.EROFS: "the file system is read-only: set GLA_NB_OUTPUTS to another folder",
         errno.ENOTDIR: "a part of the path is a file: remove it, or set GLA_NB_OUTPUTS",
         errno.EEXIST: "a file stands where a folder is needed: remove it, or set GLA_NB_OUTPUTS",
-    }.get(error.errno, str(error))
+    }.get(error.errno or 0, str(error))
     return OSError(error.errno, f"cannot write {path}: {advice}")
 
 # %% ../nbs/00b_stages.ipynb #8d6382fc
@@ -96,7 +96,8 @@ def read_json(path: Path | str) -> Any:
 # %% ../nbs/00b_stages.ipynb #7a11507b
 def plain(config: object) -> dict:
     "A dataclass or dict as JSON-ready plain values."
-    return json.loads(json.dumps(asdict(config) if is_dataclass(config) else config))
+    one = is_dataclass(config) and not isinstance(config, type)
+    return json.loads(json.dumps(asdict(config) if one else config))
 
 
 def config_hash(config: object) -> str:
@@ -257,11 +258,11 @@ def run_parallel(
 
     live, stop = Live(), threading.Event()
 
-    def watch() -> None:
+    def watch(report: Callable[[], str]) -> None:
         while not stop.wait(live.every):
             live.show(report())
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=watch, args=(report,), daemon=True)
     if report is not None:
         watcher.start()
     quiet = [(quietly, (call, *args), kwargs) for call, args, kwargs in calls]

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import gymnasium as gym
 import numpy as np
@@ -150,7 +150,8 @@ class GridWorldVectorEnv(gym.vector.VectorEnv):
         self.cells = move(self.cells, actions, self.size)
         self.steps += 1
         reward = (self.cells == self.goal).all(1).astype(float)
-        truncated, infos = self.steps >= self.horizon, {}
+        truncated = self.steps >= self.horizon
+        infos: dict = {}
         if truncated.any():
             final = np.full(self.num_envs, None, object)
             for index in np.flatnonzero(truncated):
@@ -183,7 +184,7 @@ class AntDirEnv(gym.Wrapper):
         super().__init__(AntEnv(**kwargs))
         self.direction = direction
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, SupportsFloat, bool, bool, dict]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         if self.direction == "backward":
             velocity = info["x_velocity"]
@@ -546,7 +547,7 @@ class Checked(gym.Wrapper):
             self._check(f"{answer!r}, but gymnasium expects ({form})")
         return answer
 
-    def _check(self, wrong: str) -> None:
+    def _check(self, wrong: str | list) -> None:
         if wrong:
             raise TaskError(self._said(f"returned {wrong}"))
 

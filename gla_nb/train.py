@@ -89,7 +89,7 @@ class TrainConfig:
     hide_rewards: bool = False  # the control agent that never sees a reward
     normalise: bool = False  # observations and rewards by what the agent has seen so far
     projection: str = ""  # law of the projections, a new one for each sequence; "": none
-    pool: int | str = "endless"  # how many projections there are to draw from
+    pool: int | Literal["endless"] = "endless"  # how many projections there are to draw from
     one_projection: float = 0.0  # share of the first batch that keeps one projection; falls to 0
     one_projection_until: float = 0.5  # when it is 0, as a share of the steps
     layers: int = 3
@@ -116,9 +116,11 @@ class TrainConfig:
 OBJECTIVES = ("both", "forward", "reverse", "nll")
 
 
-def check_gap(gap: int | str) -> int | str:
+def check_gap(gap: int | str) -> int | Literal["max"]:
     "A gap as a whole number of PPO updates, or `max`; also from text. Raises `ValueError`."
-    if gap == "max" or (isinstance(gap, int) and not isinstance(gap, bool) and gap >= 1):
+    if gap == "max":
+        return "max"
+    if isinstance(gap, int) and not isinstance(gap, bool) and gap >= 1:
         return gap
     if isinstance(gap, str) and gap.isdigit() and int(gap) >= 1:
         return int(gap)
@@ -245,7 +247,9 @@ def token_table(
     known = all(getattr(h, "forward_reward", None) is not None for h in histories)
     forward = ("forward_reward",) * known
     return TokenTable(
-        layout=TokenLayout(*map(int, shapes.max(0)), one.discrete, eta, normalise),
+        layout=TokenLayout(
+            int(shapes[:, 0].max()), int(shapes[:, 1].max()), one.discrete, eta, normalise
+        ),
         rows={name: flat_rows(histories, name).to(device) for name in ROW_FIELDS + forward},
         row=row,
         end=end,
@@ -685,7 +689,9 @@ def check_shapes(config: TrainConfig, table: TokenTable) -> None:
 
 def split_runs(counts: list[int], held_out: int) -> tuple[list[int], list[int]]:
     "Numbers of the training runs, and of the last ones of each task, held out. `ValueError`."
-    training, kept, first = [], [], 0
+    training: list[int] = []
+    kept: list[int] = []
+    first = 0
     for runs in counts:
         if not 1 <= held_out < runs:
             raise ValueError(
@@ -718,7 +724,8 @@ class Trainer:
         model = new_agent(config, agent_layout(config, self.table.layout))
         optimizer = new_optimizer(config, model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.step, self.log, self.losses = 0, [], []
+        self.step, self.log = 0, list[dict]()
+        self.losses: list[torch.Tensor] = []
         self.fixed = self.validation(self.held_out_runs, 0)
         # Known runs and unseen projections: has it learned to learn?
         self.projected = self.validation(self.train_runs, 1) if config.projection else None
@@ -856,7 +863,7 @@ def load_checkpoint(trainer: Trainer) -> bool:
                 f"configuration needs {expected.get(name, 'none')}; remove it to train again"
             )
     trainer.agent.load_state_dict({n[6:]: v for n, v in tensors.items() if n in expected})
-    moments = {}
+    moments: dict[int, dict] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, number, key = name.split(".")
@@ -882,14 +889,14 @@ def plot_losses(log: list[dict], ax: "Axes | None" = None) -> "Axes":
     return ax
 
 # %% ../nbs/03_train.ipynb #205a8660
-def checkpoint_folder(config: TrainConfig, histories: Path | str | Sequence[Path | str]) -> Path:
+def checkpoint_folder(config: TrainConfig, histories: Path | str | list | tuple) -> Path:
     "The folder of the agent that `config` trains on the histories in one or several folders."
     names = [Path(folder).name for folder in history_folders(histories)]
     name = "+".join(name.rsplit("-", 1)[0] for name in names) + f"-gap-{config.gap}"
     return stage_folder("checkpoints", name, {"train": plain(config), "on": names})
 
 
-def history_folders(histories: Path | str | Sequence[Path | str]) -> list[Path | str]:
+def history_folders(histories: Path | str | list | tuple) -> list[Path | str]:
     "One folder of learning histories, or one for each task, as a list."
     return list(histories) if isinstance(histories, list | tuple) else [histories]
 
@@ -901,9 +908,7 @@ def agent_card(trainer: Trainer) -> dict:
     return {"gap": config.gap, "tasks": trainer.tasks, "train": plain(config), "losses": final}
 
 # %% ../nbs/03_train.ipynb #92c0de3e
-def train(
-    config: TrainConfig, histories: Path | str | Sequence[Path | str], live: bool = True
-) -> Path:
+def train(config: TrainConfig, histories: Path | str | list | tuple, live: bool = True) -> Path:
     "Train on the histories in a folder, or one for each task, or reuse; returns the agent's."
     folder = checkpoint_folder(config, histories)
     main = int(os.environ.get("RANK", 0)) == 0  # one of several processes holds the lock

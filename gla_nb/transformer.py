@@ -262,7 +262,7 @@ class Matching(nn.Module):
         return ((scores.softmax(-1) @ values).squeeze(2) * out[..., None]).sum(-2)
 
 # %% ../nbs/02b_transformer.ipynb #ed82e854
-def initialise(network: nn.Module, seed: int) -> None:
+def initialise(network: "Decoder", seed: int) -> None:
     "Normal weights of variance 1 / inputs, less in residual layers and the head; biases are zero."
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
@@ -331,12 +331,14 @@ class Decoder(nn.Module):
         slots = cache.positions % self.config.window
         seen, hidden = cache.seen()
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x = block.step(x, rotation, keys[:, :, :seen], values[:, :, :seen], slots, hidden)
+            known = keys[:, :, :seen], values[:, :, :seen]
+            x = block.step(x, rotation, *known, slots, hidden)  # type: ignore[operator]
         x = self.norm(x)
         outputs = bounded(self.head(x), self.config)
         if self.matching:
-            parts = (part[:, :, :seen] for part in cache.matching)
-            outputs = self.matched(outputs, self.matching.step(x, tokens, *parts, slots, hidden))
+            keys, values = (part[:, :, :seen] for part in cache.matching)
+            action = self.matching.step(x, tokens, keys, values, slots, hidden)
+            outputs = self.matched(outputs, action)
         # The slot just written is the one that the next token overwrites: not counting is undoing.
         cache.positions += 1 if active is None else active
         return outputs
