@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['ETA_MOST', 'ENVIRONMENT', 'ACTION', 'SHUFFLE', 'NOISE', 'AGENT_FILES', 'FORMAT', 'VERSION', 'USE', 'Agent',
-           'InContext', 'next_tokens', 'no_transition', 'taken', 'device_of', 'layout_of', 'task_layout', 'check_fits',
-           'lifetime_projections', 'check_eta', 'eta_values', 'own_noise', 'flat_rows', 'one_row', 'Place',
-           'find_place', 'one_each', 'seeds_of', 'last_observations', 'draw_where', 'Acting', 'Acts', 'restored',
-           'whole_folder', 'read_config', 'read_weights', 'agent_folder', 'rows_table', 'card', 'write_agent', 'GLA']
+           'Remembering', 'InContext', 'next_tokens', 'no_transition', 'taken', 'device_of', 'layout_of', 'task_layout',
+           'check_fits', 'lifetime_projections', 'check_eta', 'eta_values', 'own_noise', 'flat_rows', 'one_row',
+           'Place', 'find_place', 'one_each', 'seeds_of', 'last_observations', 'draw_where', 'Beginning', 'Acting',
+           'Acts', 'restored', 'whole_folder', 'read_config', 'read_weights', 'agent_folder', 'rows_table', 'card',
+           'write_agent', 'GLA']
 
 # %% ../nbs/02c_agent.ipynb #cbb83869
+from typing import cast
 import json
 import math
 import os
@@ -60,8 +62,8 @@ class Agent(Protocol):
         "`(B, layout.width)` to `(B, outputs)`, one token each; rows not `active` read nothing."
 
 # %% ../nbs/02c_agent.ipynb #e1e3a47d
-class InContext:
-    "Acts by an agent with `layout`, `new_cache`, `step`; remembers `cache` and running statistics."
+class Remembering:
+    "An agent with `layout`, `new_cache`, `step`; its `cache` and running statistics, still empty."
 
     def __init__(
         self,
@@ -83,6 +85,10 @@ class InContext:
         self.first = torch.ones(lifetimes, dtype=torch.bool)
         self.previous = no_transition(task, lifetimes)
 
+# %% ../nbs/02c_agent.ipynb #ec9a8013
+class InContext(Remembering):
+    "Acts by an agent, and remembers what came of it."
+
     @torch.inference_mode()
     def act(
         self, observation: np.ndarray, noise: np.ndarray, active: torch.Tensor | None = None
@@ -92,7 +98,8 @@ class InContext:
         if not torch.isfinite(outputs).all():
             raise ValueError(f"outputs of the agent are not finite at interaction {self.steps}")
         if self.projections:
-            limits = self.agent.config.log_std_min, self.agent.config.log_std_max
+            config = self.agent.config  # type: ignore[attr-defined]  # who projects has one
+            limits = config.log_std_min, config.log_std_max
             outputs = self.projections.policy(outputs.cpu(), *limits)
         noise = torch.from_numpy(noise).to(outputs.device)
         return sample(outputs, noise, self.layout.discrete).cpu().numpy()
@@ -185,7 +192,7 @@ def device_of(agent: Agent) -> torch.device:
 # %% ../nbs/02c_agent.ipynb #f1ac03f5
 def layout_of(agent: Agent) -> TokenLayout:
     "What stands in the tokens of an agent."
-    return agent.config.layout if hasattr(agent, "config") else agent.layout
+    return getattr(agent, "config", agent).layout
 
 
 def task_layout(layout: TokenLayout, environments: "gym.vector.VectorEnv | Place") -> TokenLayout:
@@ -403,12 +410,8 @@ def draw_where(
     return np.stack([next(own)[0] if on else unused for own, on in zip(noise, active, strict=True)])
 
 # %% ../nbs/02c_agent.ipynb #4417e7a5
-class Acting:
-    """Lifetimes of one agent in environments that you step, from an empty context.
-
-    `act` and `observe` take turns; arrays have one row for each of the L environments. Raises
-    `ValueError` for spaces that do not fit the agent, and for what is not one each.
-    """
+class Beginning:
+    "Lifetimes of one agent, about to begin. `ValueError` for spaces that do not fit the agent."
 
     def __init__(
         self,
@@ -424,7 +427,21 @@ class Acting:
         shape, normal = self.context.shape, self.context.normal
         self.noise = [own_noise([seed], ACTION, shape, normal) for seed in seeds]
         self.resets = torch.zeros(place.num_envs, dtype=torch.bool)  # in the step that follows
-        self.acted = None  # observations and actions of which nothing is known yet
+        self.acted: tuple[np.ndarray, np.ndarray] | None = None  # nothing came of them yet
+
+    def _active(self) -> torch.Tensor | None:  # (L,) bool: not a reset; None: all
+        return ~self.resets if self.resets.any() else None
+
+    def _check(self, observation: np.ndarray, reward: np.ndarray) -> None:
+        check_finite("your environment", observation, reward, f"interaction {self.context.steps}")
+
+# %% ../nbs/02c_agent.ipynb #d8c67d55
+class Acting(Beginning):
+    """Lifetimes of one agent in environments that you step, from an empty context.
+
+    `act` and `observe` take turns; arrays have one row for each of the L environments. Raises
+    `ValueError` for spaces that do not fit the agent, and for what is not one each.
+    """
 
     def act(self, observation: np.ndarray | dict) -> np.ndarray:
         "Actions `(L,)` or `(L, d_a)` in the environments' own space, for observations `(L, ...)`."
@@ -470,12 +487,6 @@ class Acting:
         if self.place.autoreset == AutoresetMode.NEXT_STEP:
             self.resets = done & ~self.resets
 
-    def _active(self) -> torch.Tensor | None:  # (L,) bool: not a reset; None: all
-        return ~self.resets if self.resets.any() else None
-
-    def _check(self, observation: np.ndarray, reward: np.ndarray) -> None:
-        check_finite("your environment", observation, reward, f"interaction {self.context.steps}")
-
 # %% ../nbs/02c_agent.ipynb #cc54f56c
 class Acts:
     "Methods of an agent with `config.layout` with which it acts in environments of its user's."
@@ -489,7 +500,7 @@ class Acts:
         eta: dict | None = None,
     ) -> Acting:
         "New lifetimes in a vector environment, or in so many environments of the trained shape."
-        return Acting(self, environments, seeds, eta)
+        return Acting(cast(Agent, self), environments, seeds, eta)
 
     def begin(
         self, environment: gym.Env | None = None, seed: int = 0, eta: dict | None = None

@@ -104,7 +104,8 @@ class GymnasiumVecEnv(VecEnv):
     def __init__(self, envs: gym.vector.VectorEnv, seeds: Sequence[int] | None = None):
         self.envs = envs
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
-        self._seeds = list(seeds) if seeds is not None else self._seeds
+        if seeds is not None:
+            self._seeds = list(seeds)
 
     def reset(self) -> np.ndarray:
         observation, _ = self.envs.reset(seed=self._seeds)  # type: ignore[arg-type]  # one each

@@ -260,7 +260,7 @@ def check_agent(agent: Agent | str) -> None:
 def new_actor(
     agent: Agent | str,
     environments: gym.vector.VectorEnv,
-    memory: Memory = "lifetime",
+    memory: str = "lifetime",
     eta: dict | None = None,
     action_rms: np.ndarray | None = None,
     seeds: Sequence[int] | np.ndarray = (),
@@ -422,7 +422,7 @@ def first_part(record: dict[str, np.ndarray], interactions: int) -> dict:
 
 # %% ../nbs/04_evaluate.ipynb #d5bb65b0
 def run_lifetimes(
-    actor: InContext | Uniform | Zero | MagnitudeMatched,
+    actor: Any,
     environments: gym.vector.VectorEnv,
     task: Task,
     seeds: np.ndarray,

@@ -462,7 +462,7 @@ def plot_controls(
     fig.tight_layout()
     return fig
 
-
+# %% ../nbs/10_figure3.ipynb #d907dcb5
 def write_text(path: Path, text: str) -> None:
     "Write a text file, whole or not at all."
     with whole(path) as temporary:

@@ -521,13 +521,13 @@ def export_meta(
         )
     returns = update_returns(history)[:: every // history.every].tolist()
     returns = [None if math.isnan(value) else value for value in returns]  # JSON has no NaN
-    done: dict = {
+    kept: dict = {
         "updates": len(returns),
         "updates_done": len(returns),
         "rows": len(returns) * steps,
     }
-    done |= {"streams": streams, "steps_per_update": steps, "every": every, "precision": "float16"}
-    return meta | done | {"exported_from": run, "returns": returns}
+    kept |= {"streams": streams, "steps_per_update": steps, "every": every, "precision": "float16"}
+    return meta | kept | {"exported_from": run, "returns": returns}
 
 # %% ../nbs/01a_histories.ipynb #b1b2e539
 def export_rows(history: History, name: str, meta: dict) -> np.ndarray:

@@ -6,6 +6,7 @@
 __all__ = ['POOLS', 'STEPS', 'LOSSES', 'study_rows', 'study_table', 'study_logs', 'plot_study']
 
 # %% ../nbs/13_projection_study.ipynb #4751725e
+from typing import Literal
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/13_projection_study.ipynb #4e56b0de
-POOLS = (1, 16, 256, 4096, "endless")
+POOLS: tuple[int | Literal["endless"], ...] = (1, 16, 256, 4096, "endless")
 STEPS = 200  # of each row, at most
 
 

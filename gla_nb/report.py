@@ -11,11 +11,13 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/00d_report.ipynb #7ab06c40
-def attempt(call, *args) -> str:
+def attempt(call: Callable, *args: object) -> str:
     "What `call(*args)` returns, as text; after an error `unknown`, with the error."
     try:
         return str(call(*args))
@@ -57,7 +59,7 @@ def requirements(extra: str = "") -> list[str]:
 
 def installed(requirement: str) -> str:
     "`torch 2.13.0 (<2.14,>=2.8)`, or `torch missing (<2.14,>=2.8)`."
-    name = re.match(r"[\w.-]+", requirement)[0]
+    name = re.split(r"[^\w.-]", requirement)[0]
     asked = requirement.removeprefix(name)
     try:
         version = metadata.version(name)
@@ -105,7 +107,7 @@ VARIABLES = {
 }
 
 
-def in_home(path) -> str:
+def in_home(path: Path | str) -> str:
     "The path, with `~` for the home folder of this user."
     path = Path(path)
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)

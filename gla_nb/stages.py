@@ -96,8 +96,9 @@ def read_json(path: Path | str) -> Any:
 # %% ../nbs/00b_stages.ipynb #7a11507b
 def plain(config: object) -> dict:
     "A dataclass or dict as JSON-ready plain values."
-    one = is_dataclass(config) and not isinstance(config, type)
-    return json.loads(json.dumps(asdict(config) if one else config))
+    if is_dataclass(config) and not isinstance(config, type):
+        config = asdict(config)
+    return json.loads(json.dumps(config))
 
 
 def config_hash(config: object) -> str:

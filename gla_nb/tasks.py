@@ -418,7 +418,8 @@ def registered(id: str) -> EnvSpec:
     "The registration of an id. Where its entry point is a name in this notebook, it is the object."
     spec = copy.copy(gym.spec(id))
     if isinstance(spec.entry_point, str) and spec.entry_point.startswith("__main__:"):
-        spec.entry_point = gym.envs.registration.load_env_creator(spec.entry_point)
+        creator: Any = gym.envs.registration.load_env_creator(spec.entry_point)
+        spec.entry_point = creator
     return spec
 
 

@@ -1181,7 +1181,7 @@ def find_experiment(
     row = EXPERIMENTS[name, scale]
     if gap is not None and row.train.gaps:
         raise ValueError(f"{name} is told its gap, one of {row.train.gaps}: ask for it in the test")
-    gap = row.train.gap if gap is None else check_gap(gap)
+    gap = check_gap(row.train.gap if gap is None else gap)
     if gap != "max" and gap >= row.collect.updates:
         raise ValueError(
             f"gap {gap} is larger than the history: PPO makes {row.collect.updates} updates at "

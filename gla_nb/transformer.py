@@ -195,11 +195,11 @@ def empty_cache(config: GLAConfig, lifetimes: int, device: torch.device | str = 
     matching = tuple(torch.zeros(*own, size, device=device) for size in sizes)
     return Cache(keys, values, torch.zeros(lifetimes, dtype=torch.long, device=device), matching)
 
-# %% ../nbs/02b_transformer.ipynb #9cbbb8af
+# %% ../nbs/02b_transformer.ipynb #9f3c1871
 LEARNED = 16  # size of the learned part of a query and a key
 MATCHED_SIZE = SIZES[0] + 1 + LEARNED  # an observation, its square, and the learned part
 
-
+# %% ../nbs/02b_transformer.ipynb #9cbbb8af
 class Matching(nn.Module):
     "Heads that add actions of similar observations to the mean of a projected policy."
 
