@@ -220,10 +220,9 @@ class Matching(nn.Module):
         action = tokens[..., 2 * SIZES[0] : 2 * SIZES[0] + SIZES[1]]
         query, key = self.look(x).float().unflatten(-1, (2, -1, LEARNED)).unbind(-3)
         out, value = self.gates(x).float().chunk(2, -1)
-        scale = self.sharpness.exp()[:, None]
         one = torch.ones_like(now[..., :1])
         square = -0.5 * before.square().sum(-1, keepdim=True)
-        seen = scale * torch.cat([now, one], -1)[..., None, :]
+        seen = self.sharpness.exp()[:, None] * torch.cat([now, one], -1)[..., None, :]
         past = torch.cat([before, square], -1)[..., None, :].expand(*seen.shape)
         query = torch.cat([seen, query * LEARNED**-0.5], -1)
         values = (1 + value)[..., None] * action[..., None, :]
