@@ -75,7 +75,7 @@ docs: .venv/.installed  ## documentation site with all its internal links checke
 	.venv/bin/python docs/check_site.py build/docs
 
 clean:  ## remove .venv, caches, demo and smoke outputs (histories and checkpoints stay)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	rm -rf "$(OUTPUTS)/demo" "$(OUTPUTS)/smoke"
 	find gla_nb nbs tests -name __pycache__ -o -name .ipynb_checkpoints | while IFS= read -r folder; \
 	    do rm -rf "$$folder"; done

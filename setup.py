@@ -23,6 +23,7 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     packages=find_packages(include=[settings["lib_path"], settings["lib_path"] + ".*"]),
+    package_data={settings["lib_name"]: ["py.typed"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},

@@ -11,7 +11,6 @@ __all__ = ['ETA_MOST', 'ENVIRONMENT', 'ACTION', 'SHUFFLE', 'NOISE', 'AGENT_FILES
            'write_agent', 'GLA']
 
 # %% ../nbs/02c_agent.ipynb #cbb83869
-from typing import cast
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import gymnasium as gym
 import numpy as np
@@ -192,7 +191,8 @@ def device_of(agent: Agent) -> torch.device:
 # %% ../nbs/02c_agent.ipynb #f1ac03f5
 def layout_of(agent: Agent) -> TokenLayout:
     "What stands in the tokens of an agent."
-    return getattr(agent, "config", agent).layout
+    holder: Any = getattr(agent, "config", agent)
+    return holder.layout
 
 
 def task_layout(layout: TokenLayout, environments: "gym.vector.VectorEnv | Place") -> TokenLayout:
@@ -482,7 +482,8 @@ class Acting(Beginning):
             seen = last_observations(self.place, infos or {}, done.numpy())
         elif self.place.autoreset == AutoresetMode.DISABLED and observation is not None:
             seen = flat_rows(self.place.observation_space, observation, number)
-        self.context.observe(*self.acted, reward, seen, *ends, active)
+        before, action = self.acted
+        self.context.observe(before, action, reward, seen, ends[0], ends[1], active)
         self.acted = None
         if self.place.autoreset == AutoresetMode.NEXT_STEP:
             self.resets = done & ~self.resets
@@ -491,6 +492,7 @@ class Acting(Beginning):
 class Acts:
     "Methods of an agent with `config.layout` with which it acts in environments of its user's."
 
+    config: GLAConfig
     acting: Acting | None = None  # the lifetime that has begun
 
     def batch(
@@ -516,8 +518,8 @@ class Acts:
 
     def act(self, observation: Any) -> int | np.ndarray:
         "The next action in an environment that gave `observation`; begins if nothing has begun."
-        self.acting = self.acting or self.begin().acting
-        action = self.acting.act(one_row(self.acting.place.observation_space, observation))[0]
+        acting = self.acting = self.acting or self.batch(seeds=[0])
+        action = acting.act(one_row(acting.place.observation_space, observation))[0]
         return int(action) if self.config.layout.discrete else action
 
     def observe(
@@ -705,7 +707,7 @@ class GLA(Acts, Decoder, PyTorchModelHubMixin, library_name="gla_nb", license="a
         super().__init__(config, seed)
         self.about: dict = {}
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # fewer arguments than the Hub's
         self,
         folder: Path | str,
         about: dict | None = None,
@@ -720,7 +722,7 @@ class GLA(Acts, Decoder, PyTorchModelHubMixin, library_name="gla_nb", license="a
             write_agent(self, saving, dtype)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, folder: Path | str, *, revision: str | None = None, token: str | None = None
     ) -> "GLA":
         """The agent in `folder`, or of this name on the Hub, in float32 on the CPU.

@@ -7,25 +7,20 @@ __all__ = ['Context', 'TokenLog', 'context_of', 'relive', 'cut', 'go_on', 'Atten
            'relations', 'mass', 'attention_table', 'plot_attention']
 
 # %% ../nbs/06_attention.ipynb #423bb9d8
-from .transformer import Cache
-from .tasks import AnyTask
-from .evaluate import Feedback
-from .agent import GLA
-from typing import TYPE_CHECKING
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from .agent import Agent, InContext
-from .evaluate import Lifetimes, new_actor
+from .agent import GLA, InContext
+from .evaluate import Feedback, Lifetimes, new_actor
 from .films import Recording, lived
-from .tasks import find_task, make_vector_env
-from .transformer import bounded
+from .tasks import AnyTask, find_task, make_vector_env
+from .transformer import Cache, bounded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +165,9 @@ def attend(
 
 # %% ../nbs/06_attention.ipynb #f677a230
 @torch.inference_mode()
-def attention(agent: GLA, tokens: torch.Tensor, queries: Sequence[int] | np.ndarray | None = None) -> Attention:
+def attention(
+    agent: GLA, tokens: torch.Tensor, queries: Sequence[int] | np.ndarray | None = None
+) -> Attention:
     "Attention of an agent on the CPU to its tokens (N, width), for `queries`, by default all."
     count, window = len(tokens), agent.config.window
     queries = np.arange(count) if queries is None else np.asarray(queries)
@@ -178,7 +175,8 @@ def attention(agent: GLA, tokens: torch.Tensor, queries: Sequence[int] | np.ndar
         raise ValueError(f"queries must be among the {count} tokens: {queries}")
     x, rotation = agent.embed(tokens), agent.rotation(torch.arange(count))
     layers = []
-    for block in agent.blocks:
+    blocks: Any = agent.blocks
+    for block in blocks:
         q, k, v = (part.transpose(0, 1) for part in block.project(x, rotation))  # (H, N, D)
         read, weights = attend(q * q.shape[-1] ** -0.5, k, v, window, queries)
         x = block.mlp(x + block.out(read.transpose(0, 1).flatten(1)))
@@ -208,7 +206,9 @@ def visible(context: Context, queries: Sequence[int] | np.ndarray, window: int) 
     return (age >= 0) & (age < window)
 
 
-def relations(context: Context, queries: Sequence[int] | np.ndarray, window: int) -> dict[str, np.ndarray]:
+def relations(
+    context: Context, queries: Sequence[int] | np.ndarray, window: int
+) -> dict[str, np.ndarray]:
     """(Q, N) bool by name.
 
     `this episode`, `earlier episodes`, `paid above average` (a transition with more reward than the
@@ -235,7 +235,9 @@ def mass(weights: torch.Tensor, relation: np.ndarray) -> np.ndarray:
     return (weights * torch.from_numpy(relation)).sum(-1).numpy()
 
 # %% ../nbs/06_attention.ipynb #96989d58
-def attention_table(agent: GLA, context: Context, queries: Sequence[int] | np.ndarray) -> pd.DataFrame:
+def attention_table(
+    agent: GLA, context: Context, queries: Sequence[int] | np.ndarray
+) -> pd.DataFrame:
     "Mean mass of each layer and head on each relation, and the share of even attention."
     seen, window = attention(agent, context.tokens, queries), agent.config.window
     near = visible(context, queries, window)
@@ -247,7 +249,9 @@ def attention_table(agent: GLA, context: Context, queries: Sequence[int] | np.nd
     return pd.DataFrame(rows, columns=["relation", "layer", "head", "mass", "even"])
 
 # %% ../nbs/06_attention.ipynb #311bcafb
-def plot_attention(agent: GLA, context: Context, queries: Sequence[int] | np.ndarray, title: str = "") -> "Figure":
+def plot_attention(
+    agent: GLA, context: Context, queries: Sequence[int] | np.ndarray, title: str = ""
+) -> "Figure":
     "Weight by age, and mass beside the even share for each relation; returns the figure."
     import matplotlib.pyplot as plt
     import seaborn as sns

@@ -136,9 +136,8 @@ def save_lifetimes(lifetimes: Lifetimes, path: Path | str) -> Path:
     values = {field.name: getattr(lifetimes, field.name) for field in fields(lifetimes)}
     values["gap"] = str(values["gap"])
     with whole(path) as temporary:
-        np.savez_compressed(
-            temporary, **{k: np.asarray(v) for k, v in values.items() if v is not None}
-        )
+        arrays: dict[str, Any] = {k: np.asarray(v) for k, v in values.items() if v is not None}
+        np.savez_compressed(temporary, **arrays)
     return Path(path)
 
 # %% ../nbs/04_evaluate.ipynb #abe88669
@@ -237,6 +236,8 @@ def check_action_rms(
             f"agent {name!r} and action_rms {'missing' if action_rms is None else 'given'}: "
             "'magnitude_matched' alone needs it"
         )
+    if action_rms is None:
+        return
     shape = np.shape(action_rms)
     if shape and (len(shape) != 2 or shape[0] != lifetimes or shape[1] < interactions):
         raise ValueError(
@@ -271,7 +272,7 @@ def new_actor(
         projections = lifetime_projections(agent, environments, seeds, projection)
         return InContext(agent, environments, memory, eta, projections)
     if agent == "magnitude_matched":
-        return MagnitudeMatched(environments, action_rms)
+        return MagnitudeMatched(environments, action_rms)  # type: ignore[arg-type]  # checked next
     words: dict[str, type[Uniform] | type[Zero]] = {"random": Uniform, "zero": Zero}
     return words[agent](environments)
 
@@ -292,9 +293,11 @@ def shown_reward(
     if feedback == "true":
         return reward[:, step]
     if feedback == "yoked":
+        assert yoke is not None
         return yoke[:, step]
     if feedback == "hidden" or step == 0:  # nothing is earlier than the first reward
         return np.zeros(len(reward), np.float32)
+    assert draw is not None
     earlier = np.minimum((draw * step).astype(int), step - 1)  # uniform over 0 .. step - 1
     return reward[np.arange(len(reward)), earlier]
 
@@ -436,7 +439,7 @@ def run_lifetimes(
     noise = own_noise(seeds, getattr(actor, "draws", ACTION), actor.shape, actor.normal)
     draws = own_noise(seeds, SHUFFLE)
     starts = [seed_number("figure", int(seed), ENVIRONMENT) for seed in seeds]
-    observation, _ = environments.reset(seed=starts)
+    observation, _ = environments.reset(seed=starts)  # type: ignore[arg-type]  # one each
     check_finite(task, observation, np.zeros(len(seeds)), "after reset")
     for step in range(interactions):
         action = actor.act(observation, next(noise))

@@ -285,7 +285,7 @@ def figure_claims(row: Experiment, episodes: pd.DataFrame, bins: pd.DataFrame) -
     if is_continuous(row):
         main = "ppo_source" in set(episodes["agent"])
         return continuous_claims(row, bins) if main else continuous_control_claims(row)
-    threshold = 0.9 * find_task(row.collect.task).optimum
+    threshold = 0.9 * find_task(row.collect.task).optimum  # type: ignore[operator]  # it has one
     claims = gap_claims(row, threshold) + ppo_claims(row, threshold, episodes)
     names = dict(episodes[["agent", "gap"]].drop_duplicates().itertuples(index=False))
     return claims + control_claims(row.train.gap, names, threshold) * ("hidden" in names)
@@ -295,7 +295,7 @@ def curve_table(
     row: Experiment, episodes: pd.DataFrame, agents: Sequence[str] = ("gla", "random")
 ) -> pd.DataFrame:
     "For each curve of `agents` the first episode, the interactions to 90 %, and the end."
-    threshold = 0.9 * find_task(row.collect.task).optimum
+    threshold = 0.9 * find_task(row.collect.task).optimum  # type: ignore[operator]  # it has one
     shown = episodes[episodes["agent"].isin(agents)]
     table = summary(shown, threshold, length=row.interactions)
     bounds = table[["low", "high"]].itertuples(index=False)

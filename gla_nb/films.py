@@ -8,9 +8,6 @@ __all__ = ['PIXELS', 'MOST_FRAMES_PER_SECOND', 'COLORS', 'QUALITIES', 'Recording
            'filmed_episodes', 'play', 'Sheet', 'draw_film', 'encode', 'check_film', 'write_film', 'film', 'main']
 
 # %% ../nbs/05_films.ipynb #077acbfa
-from .tasks import AnyTask
-from .evaluate import Feedback
-from typing import TYPE_CHECKING
 import argparse
 import hashlib
 import math
@@ -21,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata, reload
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -30,6 +27,7 @@ import pandas as pd
 from .agent import ENVIRONMENT, GLA, Agent
 from gla_nb.evaluate import (
     CONTEXT_FREE,
+    Feedback,
     Lifetimes,
     check_agent,
     check_meta_test,
@@ -42,7 +40,7 @@ from gla_nb.evaluate import (
     run_lifetimes,
 )
 from .stages import cpu_threads, plain, seed_number, versions, whole, write_json
-from .tasks import Task, find_task, make_env, make_vector_env
+from .tasks import AnyTask, Task, find_task, make_env, make_vector_env
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +77,10 @@ class Recorder:
 # %% ../nbs/05_films.ipynb #748ba923
 def weights_digest(agent: Agent | str) -> str | None:
     "Ten hexadecimal digits of the weights of an agent; None for one without."
-    if not hasattr(agent, "state_dict"):
+    state = getattr(agent, "state_dict", None)
+    if state is None:
         return None
-    weights = agent.state_dict().values()
+    weights = state().values()
     content = b"".join(w.detach().float().cpu().numpy().tobytes() for w in weights)
     return hashlib.sha256(content).hexdigest()[:10]
 
@@ -184,7 +183,8 @@ def drawn_env(task: AnyTask) -> Iterator[gym.Env]:
     task = find_task(task)
     use_headless_opengl()
     try:
-        drawn = {} if task.make else {"render_mode": "rgb_array"}  # your own: as you made it
+        make = task.make  # type: ignore[attr-defined]
+        drawn = {} if make else {"render_mode": "rgb_array"}  # your own: as you made it
         env = make_env(replace(task, kwargs=task.kwargs | drawn))
         env.reset(seed=0)
         aim_camera(env)
@@ -242,7 +242,7 @@ def play(
             pictures, episodes["start"], episodes["interactions"], strict=True
         ):
             if start <= step < stop and (step - start) % every == 0 and len(shown) < frames:
-                shown.append(env.render())
+                shown.append(np.asarray(env.render()))
         _, reward, terminated, truncated, _ = env.step(recording.action[0, step])
         if np.float32(reward) != lifetimes.reward[0, step]:
             raise ValueError(
@@ -252,7 +252,7 @@ def play(
         if terminated or truncated:
             for shown, stop in zip(pictures, episodes["interactions"], strict=True):
                 if stop == step + 1 and len(shown) < frames:
-                    shown.append(env.render())  # how it ended
+                    shown.append(np.asarray(env.render()))  # how it ended
             env.reset()
     return pictures
 
@@ -297,7 +297,9 @@ class Sheet:
         ax.set_xlabel("environment interactions", fontsize=8)
         ax.set_ylabel("return", fontsize=8)
 
-    def frame(self, pictures: Sequence[np.ndarray], earned: Sequence[float], progress: float) -> np.ndarray:
+    def frame(
+        self, pictures: Sequence[np.ndarray], earned: Sequence[float], progress: float
+    ) -> np.ndarray:
         "RGB `(height, width, 3)`: two pictures, the returns so far, the curve up to `progress`."
         for k, (view, picture) in enumerate(zip(self.views, pictures, strict=True)):
             if view.images:
@@ -314,7 +316,11 @@ class Sheet:
 
 # %% ../nbs/05_films.ipynb #e104a0f0
 def draw_film(
-    recording: Recording, episodes: pd.DataFrame, pictures: list[list[np.ndarray]], every: int, size: int
+    recording: Recording,
+    episodes: pd.DataFrame,
+    pictures: list[list[np.ndarray]],
+    every: int,
+    size: int,
 ) -> list[np.ndarray]:
     "The frames of the film, RGB; as many as the longer list of pictures has."
     sheet, frames = Sheet(recording, episodes, size), []

@@ -83,7 +83,7 @@ def suspect_lifetimes(config: MetaTest, name: str) -> Lifetimes:
 
     def make() -> Lifetimes:
         with cpu_threads(1):
-            agent = Switched(load_actor(config), **SUSPECTS[name])
+            agent = Switched(load_actor(config), **SUSPECTS[name])  # type: ignore[arg-type]
             return meta_test(config.task, agent, seeds, config.interactions)
 
     return replace(saved_meta_test(folder, make), agent=name.replace(" ", "_"))

@@ -6,9 +6,8 @@
 __all__ = ['POOLS', 'STEPS', 'LOSSES', 'study_rows', 'study_table', 'study_logs', 'plot_study']
 
 # %% ../nbs/13_projection_study.ipynb #4751725e
-from typing import Literal
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 

@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 # %% ../nbs/00d_report.ipynb #7ab06c40
 def attempt(call: Callable, *args: object) -> str:

@@ -430,8 +430,9 @@ def known_everywhere(task: Task) -> bool:
 
 def code_hash(task: Task) -> dict:
     "`{'code': ten digits}` where an object makes the environments of `task`, else `{}`."
-    maker = task.make or registered(task.id)
-    if not task.make and (known_everywhere(task) or isinstance(maker.entry_point, str | None)):
+    make = task.make  # type: ignore[attr-defined]  # kept by __post_init__
+    maker = make or registered(task.id)
+    if not make and (known_everywhere(task) or isinstance(maker.entry_point, str | None)):
         return {}
     text = json.dumps(parts(maker))
     return {"code": hashlib.sha256(text.encode()).hexdigest()[:10]}
@@ -440,7 +441,8 @@ def code_hash(task: Task) -> dict:
 def registering(task: AnyTask, call: Callable) -> Callable:
     "`call` as it runs in another process, which first learns what the id of `task` means here."
     task = find_task(task)
-    sent = None if task.make or known_everywhere(task) else registered(task.id)
+    make = task.make  # type: ignore[attr-defined]  # kept by __post_init__
+    sent = None if make or known_everywhere(task) else registered(task.id)
     return functools.partial(call_registered, sent, call)
 
 
@@ -566,7 +568,8 @@ def make_env(task: AnyTask) -> gym.Env:
         outdated = r".*The environment .* is out of date"
         warnings.filterwarnings("ignore", outdated, DeprecationWarning)
 
-        make = task.make or functools.partial(gym.make, task.id, disable_env_checker=True)
+        make = task.make  # type: ignore[attr-defined]  # kept by __post_init__
+        make = make or functools.partial(gym.make, task.id, disable_env_checker=True)
         env = opened(task.name, make, **task.kwargs)
     check_spaces(env)
     env = Checked(env, task.name)
@@ -585,7 +588,8 @@ def make_vector_env(task: AnyTask, number: int) -> gym.vector.VectorEnv:
     "`number` environments of `task` in lock-step, reset in the step that ends an episode."
     task, single = find_task(task), make_env(task)
     single.close()
-    if not task.make and gym.spec(task.id).vector_entry_point:
+    make = task.make  # type: ignore[attr-defined]  # kept by __post_init__
+    if not make and gym.spec(task.id).vector_entry_point:
         mode = gym.VectorizeMode.VECTOR_ENTRY_POINT
         envs = gym.make_vec(task.id, number, mode, **task.kwargs)
         same_step = envs.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP

@@ -8,15 +8,16 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'smooth_returns', 'token_table', 'check_agreement', 'flat_rows', 'padded', 'Plan', 'draw_gaps',
            'chain_updates', 'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers',
            'share_of_one', 'Batch', 'make_batch', 'new_projections', 'agent_layout', 'own_dimensions', 'eta_values',
-           'sample_batch', 'floor_teacher', 'blurred', 'divergences', 'divergence', 'segment_losses', 'by_segment',
-           'masked_mean', 'learning_rate', 'use_bfloat16', 'new_agent', 'check_shapes', 'split_runs', 'Trainer',
-           'new_optimizer', 'train_step', 'evaluate_loss', 'unseen_projections', 'save_checkpoint', 'read_checkpoint',
-           'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card', 'train',
-           'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all', 'training_progress',
-           'Experiment', 'both_ways', 'projected', 'conditioned', 'find_experiment', 'made_by', 'ship_agent',
-           'shipped_agent', 'running_scale']
+           'sample_batch', 'floor_teacher', 'blurred', 'divergences', 'divergence', 'total', 'segment_losses',
+           'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16', 'new_agent', 'check_shapes', 'split_runs',
+           'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'unseen_projections', 'save_checkpoint',
+           'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card',
+           'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
+           'training_progress', 'Experiment', 'both_ways', 'projected', 'conditioned', 'find_experiment', 'made_by',
+           'ship_agent', 'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
+import functools
 import json
 import math
 import os
@@ -393,13 +394,13 @@ def turn_round(
     segments = np.arange(math.ceil(config.tokens / config.segment_min))
     if not config.turned:
         return np.repeat(run[:, None], len(segments), 1), np.zeros((len(run), len(segments)), bool)
-    runs = np.asarray(runs)
-    if len(set(table.task[runs])) != 2 or "forward_reward" not in table.rows:
+    runs, task = np.asarray(runs), table.task
+    if task is None or len(set(task[runs])) != 2 or "forward_reward" not in table.rows:
         raise ValueError(
             f"turned is {config.turned}: it needs two tasks that report a forward reward, such as "
             "ant and ant_backward, and runs of both"
         )
-    others = [runs[table.task[runs] != table.task[r]] for r in run]
+    others = [runs[task[runs] != task[r]] for r in run]
     partner = np.array([other[rng.integers(len(other))] for other in others])
     # Up to half of the segments of a sequence, at least its first one.
     count = 1 + np.floor(rng.random(len(run)) * np.ceil(config.tokens / length) / 2)
@@ -520,6 +521,7 @@ def new_projections(
     "The `Projections` of the sequences of a plan, or None."
     if not config.projection:
         return None
+    assert plan.projection is not None and table.shapes is not None
     keys = np.stack([np.full(len(plan.run), config.seed), plan.projection], 1)
     shapes = table.shapes[plan.run]
     return draw_projections(config.projection, shapes, stream, keys, table.widest)
@@ -623,7 +625,12 @@ def divergence(
     action: torch.Tensor,
 ) -> torch.Tensor:
     "The sum of the terms (Equation 1) at each token, `(...)` in nats."
-    return sum(divergences(config, discrete, agent, teacher, action).values())
+    return total(divergences(config, discrete, agent, teacher, action))
+
+
+def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    "The sum of some terms."
+    return functools.reduce(torch.add, terms.values())
 
 # %% ../nbs/03_train.ipynb #e4c7a602
 HEAD = 16  # steps at the start of a segment that cannot be imitated from the segment itself
@@ -680,6 +687,7 @@ def new_agent(config: TrainConfig, layout: TokenLayout) -> GLA:
 
 def check_shapes(config: TrainConfig, table: TokenTable) -> None:
     "Raise `ValueError` for tasks of several shapes where they need one."
+    assert table.shapes is not None
     shapes = np.unique(table.shapes, axis=0).tolist()
     if len(shapes) > 1 and not config.projection:
         raise ValueError(f"tasks of several shapes {shapes} need a projection: name its law")
@@ -781,7 +789,7 @@ def train_step(trainer: Trainer) -> None:
     count = batch.weight.sum()
     if accelerator.num_processes > 1:  # the mean over the scored tokens of all processes
         count = accelerator.reduce(count, "mean")
-    loss = (sum(trainer.terms(batch).values()) * batch.weight).sum() / count
+    loss = (total(trainer.terms(batch)) * batch.weight).sum() / count
     trainer.optimizer.zero_grad()
     accelerator.backward(loss)
     accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip)
@@ -800,7 +808,7 @@ def evaluate_loss(trainer: Trainer) -> dict:
     mean = trainer.accelerator.reduce(torch.stack(trainer.losses).mean(), "mean")
     trainer.losses = []
     row = {"step": trainer.step, "train": mean.item()}
-    row |= segment_losses(sum(terms.values()), batch.weight, plan)
+    row |= segment_losses(total(terms), batch.weight, plan)
     weight = batch.weight.cpu().numpy()
     for name, loss in terms.items():
         row[f"held_out_{name}"] = by_segment(loss.double().cpu().numpy(), weight, plan)
@@ -817,9 +825,10 @@ def evaluate_loss(trainer: Trainer) -> dict:
 # %% ../nbs/03_train.ipynb #14e77eba
 def unseen_projections(trainer: Trainer) -> dict:
     "Losses on the training runs under projections of the validation stream, by name."
+    assert trainer.projected is not None
     batch, plan = trainer.projected
     with torch.no_grad():
-        loss = sum(trainer.terms(batch).values())
+        loss = total(trainer.terms(batch))
     losses = segment_losses(loss, batch.weight, plan)
     return {"unseen": losses["held_out"], "unseen_head": losses["held_out_head"]}
 
@@ -936,7 +945,7 @@ def train_loop(trainer: Trainer, live: bool = True) -> None:
             if trainer.step % config.evaluate_every and trainer.step < config.steps:
                 continue
             trainer.log.append(evaluate_loss(trainer))
-            if main:
+            if writer is not None:  # in the main process
                 save_checkpoint(trainer)
                 report(trainer, writer, (time.monotonic() - began) / (trainer.step - first))
                 if live:

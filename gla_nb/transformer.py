@@ -11,6 +11,7 @@ __all__ = ['LEARNED', 'MATCHED_SIZE', 'GLAConfig', 'config_from', 'window_mask',
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -327,11 +328,10 @@ class Decoder(nn.Module):
         "`(B, layout.width)` to `(B, outputs)`, one token each; rows not `active` read nothing."
         check_tokens(tokens, (len(cache.positions), self.config.layout.width))
         x, rotation = self.embed(tokens), self.rotation(cache.positions)
-        slots = cache.positions % self.config.window
-        seen, hidden = cache.seen()
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            known = keys[:, :, :seen], values[:, :, :seen]
-            x = block.step(x, rotation, *known, slots, hidden)  # type: ignore[operator]
+        slots, (seen, hidden) = cache.positions % self.config.window, cache.seen()
+        blocks: Any = self.blocks  # each a `Block`, which torch does not know
+        for block, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
+            x = block.step(x, rotation, keys[:, :, :seen], values[:, :, :seen], slots, hidden)
         x = self.norm(x)
         outputs = bounded(self.head(x), self.config)
         if self.matching:
