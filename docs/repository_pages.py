@@ -206,7 +206,9 @@ def sources(root: Path = ROOT) -> dict[str, bytes]:
             files[f"nbs/{path.name}"] = json.dumps(notebook)
     files |= {f"api/{name}.rst": module_page(name) for name in modules(root)}
     files = {name: text.encode() for name, text in files.items()}
-    pictures = (p for end in ("png", "svg", "gif") for p in (root / "outputs").rglob(f"*.{end}"))
+    pictures = (
+        p for end in ("png", "svg", "gif", "webp") for p in (root / "outputs").rglob(f"*.{end}")
+    )
     return files | {f"{path.relative_to(root)}": path.read_bytes() for path in pictures}
 
 

@@ -42,7 +42,7 @@ from gla_nb.stages import (
     versions,
     write_json,
 )
-from .tasks import check_finite, check_spaces
+from .tasks import Bounds, check_finite, check_spaces
 from .transformer import Cache, Decoder, GLAConfig, config_from, sample
 
 # %% ../nbs/02c_agent.ipynb #35644212
@@ -336,9 +336,7 @@ class Place:
         "Actions `(L, d_a)` in [-1, 1] as the environments want them; Discrete ones as they are."
         if isinstance(self.action_space, spaces.Discrete):
             return actions
-        low, high = self.action_space.low, self.action_space.high
-        stretched = (high + low) / 2 + (high - low) / 2 * actions
-        return np.clip(stretched, low, high).astype(self.action_space.dtype)
+        return Bounds(self.action_space)(actions).astype(self.action_space.dtype)
 
 # %% ../nbs/02c_agent.ipynb #1819a109
 def find_place(
@@ -475,7 +473,8 @@ class Acting(Beginning):
             raise ValueError("observe tells what came of an action: call act first")
         number = self.place.num_envs
         reward = one_each("reward", reward, np.float32, number)
-        ends = [one_each("end", values, bool, number) for values in (terminated, truncated)]
+        ends = [one_each("terminated", terminated, bool, number)]
+        ends += [one_each("truncated", truncated, bool, number)]
         self._check(np.zeros_like(reward), reward)
         active, done, seen = self._active(), torch.from_numpy(ends[0] | ends[1]), None
         if self.place.autoreset == AutoresetMode.SAME_STEP:

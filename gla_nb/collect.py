@@ -374,12 +374,13 @@ def collect_all(
     for config in configs:
         make_vector_env(config.task, 1).close()  # an error here is better than one in each process
     folders = [histories_folder(config) for config in configs]
+    by_folder = dict(zip(folders, configs, strict=True))
     with ExitStack() as locks:
-        for folder in sorted(set(folders)):  # in order, or two that share some wait for each other
+        for folder in sorted(by_folder):  # in order, or two that share some wait for each other
             locks.enter_context(locked(folder))
-        planned = planned_runs(dict(zip(folders, configs, strict=True)))
+        planned = planned_runs(by_folder)
         missing = [each for each in planned if not is_complete(each[2])]
-        for folder, config in dict(zip(folders, configs, strict=True)).items():
+        for folder, config in by_folder.items():
             if count := sum(path.parent == folder for *_, path in missing):
                 LOG.info("collecting %d of %d PPO runs into %s", count, config.runs, folder)
             else:
