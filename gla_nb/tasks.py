@@ -548,7 +548,8 @@ class Checked(gym.Wrapper):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
         self.steps += 1
         answer = self._ask(self.env.step, 5, action)
-        if as_usual(*answer[:4], *self.box):
+        observation, reward, terminated, truncated, _ = answer
+        if as_usual(observation, reward, terminated, truncated, *self.box):
             return answer
         wrong = broken(self.observation_space, answer[0])
         names = ("reward", "terminated", "truncated")
