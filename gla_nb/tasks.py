@@ -605,7 +605,8 @@ class BulkPhysics(gym.vector.VectorEnv):
 
     def advance(self, actions):
         "The places and the bounded actions after one step of the physics. Raises `TaskError`."
-        actions, name = np.asarray(actions), self.single.get_wrapper_attr("name")
+        actions = np.ascontiguousarray(actions)  # sums over a row depend on how it lies in memory
+        name = self.single.get_wrapper_attr("name")
         if actions.shape != self.action_space.shape or self.steps.min() < 0:
             shape = self.action_space.shape
             wrong = f"actions have shape {actions.shape}, not {shape}"

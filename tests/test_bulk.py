@@ -32,19 +32,20 @@ def loop(task, number):
 
 
 def assert_same(ours, theirs, where):
-    "Types, shapes and bits; dictionaries, and arrays of arrays or None, part by part."
+    "Types, shapes and bits of what `reset` and `step` return, part by part."
     assert type(ours) is type(theirs), where
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), where
         for key in theirs:
             assert_same(ours[key], theirs[key], f"{where} {key}")
-    elif isinstance(theirs, np.ndarray):
+    elif isinstance(theirs, tuple | list) or getattr(theirs, "dtype", "") == "O":
+        assert len(ours) == len(theirs), where
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(one, other, f"{where} {index}")
+    elif theirs is not None:
+        assert isinstance(theirs, np.ndarray), where
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), where
-        if theirs.dtype == object:
-            for one, other in zip(ours, theirs, strict=True):
-                assert_same(one, other, where)
-        else:
-            assert np.array_equal(ours, theirs, equal_nan=theirs.dtype.kind == "f"), where
+        assert np.array_equal(ours, theirs, equal_nan=theirs.dtype.kind == "f"), where
 
 
 def assert_steps_are_equal(ours, theirs, actions, seeds):
@@ -71,7 +72,7 @@ def noise(envs, steps, extreme=False):
 @pytest.mark.parametrize("number", [1, 3, 8])
 @pytest.mark.parametrize("task", NAMES, ids=lambda t: getattr(t, "name", t))
 def test_noise_of_any_strength_gives_equal_steps(task, number):
-    steps = {1: 1100, 3: 1500, 8: 400}[number]
+    steps = 400 if task in SHORT or number == 8 else {1: 1100, 3: 1500}[number]
     ours, theirs = make_vector_env(task, number), loop(task, number)
     assert isinstance(ours, BulkVectorEnv)
     for name in ("single_observation_space", "single_action_space", "action_space", "metadata"):
