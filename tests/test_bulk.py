@@ -122,6 +122,27 @@ def test_some_environments_begin_anew():
             assert_same(ours.step(action), theirs.step(action), "step")
 
 
+def test_a_fall_at_the_time_limit_is_both():
+    envs, step, fell = make_vector_env("ant", 1), 0, False
+    envs.reset(seed=[5])
+    actions = noise(envs, 1000)
+    while not fell:
+        fell, step = envs.step(actions[step])[2][0], step + 1
+    task = replace(TASKS["ant"], kwargs={"max_episode_steps": step})
+    ends = assert_steps_are_equal(
+        make_vector_env(task, 1), loop(task, 1), actions[:step], seeds=[5]
+    )
+    assert ends.tolist() == [1, 1]
+
+
+def test_an_ant_whose_state_is_not_finite_is_not_healthy():
+    envs = make_vector_env("ant", 3)
+    envs.reset(seed=0)
+    envs.qpos[1, 7], envs.qvel[2, 3] = np.nan, np.inf  # MuJoCo would repair it in the next step
+    terminated = envs.measure(np.zeros((3, 8)), envs.before, envs.before)[2]
+    assert terminated.tolist() == [False, True, True]
+
+
 def test_threads_change_nothing():
     one, two = AntBulk(make_env("ant"), 5), AntBulk(make_env("ant"), 5, threads=2)
     assert (one.batch.nthread, two.batch.nthread) == (1, 2)
