@@ -7,14 +7,16 @@ __all__ = ['Context', 'TokenLog', 'context_of', 'relive', 'cut', 'go_on', 'Atten
            'relations', 'mass', 'attention_table', 'plot_attention']
 
 # %% ../nbs/06_attention.ipynb #423bb9d8
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from .agent import InContext
+from .agent import Agent, InContext
 from .evaluate import Lifetimes, new_actor
 from .films import Recording, lived
 from .tasks import find_task, make_vector_env
@@ -38,13 +40,15 @@ class Context:
 class TokenLog:
     "An agent that keeps the tokens it reads."
 
-    def __init__(self, agent):
+    def __init__(self, agent: Any):
         self.agent, self.read = agent, []
 
-    def __getattr__(self, name):  # config, new_cache, parameters
+    def __getattr__(self, name: str) -> Any:  # config, new_cache, parameters
         return getattr(self.agent, name)
 
-    def step(self, tokens, cache, active=None):
+    def step(
+        self, tokens: torch.Tensor, cache: Any, active: torch.Tensor | None = None
+    ) -> torch.Tensor:
         "As the agent's own; tokens `(L, width)`."
         self.read.append(tokens.cpu())
         return self.agent.step(tokens, cache, active)
@@ -77,7 +81,7 @@ def context_of(recording: Recording, row: int, read: list[torch.Tensor]) -> Cont
     )
 
 # %% ../nbs/06_attention.ipynb #77955989
-def relive(agent, recording: Recording) -> tuple[InContext, list[Context]]:
+def relive(agent: Any, recording: Recording) -> tuple[InContext, list[Context]]:
     "The agent after reading all `L` lifetimes of a recording, ready to go on, and their contexts."
     lifetimes, log = recording.lifetimes, TokenLog(agent)
     with closing(make_vector_env(recording.task, len(lifetimes.seeds))) as environments:
@@ -107,7 +111,13 @@ def cut(recording: Recording, interactions: int) -> Recording:
     return replace(recording, lifetimes=replace(recording.lifetimes, **kept), **parts)
 
 # %% ../nbs/06_attention.ipynb #9082ed68
-def go_on(actor, task, seeds, interactions: int, feedback: str = "true") -> Lifetimes:
+def go_on(
+    actor: Agent | str,
+    task: object,
+    seeds: Sequence[int],
+    interactions: int,
+    feedback: str = "true",
+) -> Lifetimes:
     """What an `actor` of L lifetimes does next, with its context, in new episodes of `task`.
 
     `seeds` (L,) are of the environments and of its choices.
@@ -128,7 +138,14 @@ class Attention:
     outputs: torch.Tensor  # (N, outputs) of the network
 
 
-def attend(q, k, v, window: int, queries, chunk: int = 256):
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    queries: np.ndarray,
+    chunk: int = 256,
+) -> tuple[torch.Tensor, torch.Tensor]:
     "`q`, `k` (H, N, D) and `v` (H, N, E) to what is read (H, N, E) and the weights (H, Q, N)."
     count = q.shape[1]
     read, weights = [], torch.zeros(len(q), len(queries), count)
@@ -144,7 +161,7 @@ def attend(q, k, v, window: int, queries, chunk: int = 256):
 
 # %% ../nbs/06_attention.ipynb #f677a230
 @torch.inference_mode()
-def attention(agent, tokens: torch.Tensor, queries=None) -> Attention:
+def attention(agent: Any, tokens: torch.Tensor, queries: np.ndarray = None) -> Attention:
     "Attention of an agent on the CPU to its tokens (N, width), for `queries`, by default all."
     count, window = len(tokens), agent.config.window
     queries = np.arange(count) if queries is None else np.asarray(queries)
@@ -176,13 +193,13 @@ def by_age(seen: Attention, context: Context) -> np.ndarray:
     return np.stack(sums, -1) / len(seen.queries)
 
 # %% ../nbs/06_attention.ipynb #c57ea7ff
-def visible(context: Context, queries, window: int) -> np.ndarray:
+def visible(context: Context, queries: np.ndarray, window: int) -> np.ndarray:
     "(Q, N) bool: the tokens within the window of each query."
     age = np.asarray(queries)[:, None] - np.arange(len(context.tokens))
     return (age >= 0) & (age < window)
 
 
-def relations(context: Context, queries, window: int) -> dict[str, np.ndarray]:
+def relations(context: Context, queries: np.ndarray, window: int) -> dict[str, np.ndarray]:
     """(Q, N) bool by name.
 
     `this episode`, `earlier episodes`, `paid above average` (a transition with more reward than the
@@ -209,7 +226,7 @@ def mass(weights: torch.Tensor, relation: np.ndarray) -> np.ndarray:
     return (weights * torch.from_numpy(relation)).sum(-1).numpy()
 
 # %% ../nbs/06_attention.ipynb #96989d58
-def attention_table(agent, context: Context, queries) -> pd.DataFrame:
+def attention_table(agent: Any, context: Context, queries: np.ndarray) -> pd.DataFrame:
     "Mean mass of each layer and head on each relation, and the share of even attention."
     seen, window = attention(agent, context.tokens, queries), agent.config.window
     near = visible(context, queries, window)
@@ -221,7 +238,7 @@ def attention_table(agent, context: Context, queries) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["relation", "layer", "head", "mass", "even"])
 
 # %% ../nbs/06_attention.ipynb #311bcafb
-def plot_attention(agent, context: Context, queries, title: str = ""):
+def plot_attention(agent: Any, context: Context, queries: np.ndarray, title: str = "") -> Any:
     "Weight by age, and mass beside the even share for each relation; returns the figure."
     import matplotlib.pyplot as plt
     import seaborn as sns

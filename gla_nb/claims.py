@@ -66,7 +66,7 @@ def figure_seconds(folder: Path, figure: str) -> float:
     return sum(read_json(path)["seconds"].values()) if path.exists() else float("nan")
 
 
-def paper_table(folder, scale: str) -> pd.DataFrame:
+def paper_table(folder: Path | str, scale: str) -> pd.DataFrame:
     "The sentences of the paper beside our tests, of the figures in `folder`. `ValueError` if none."
     path = Path(folder) / "claims.csv"
     if not path.exists():

@@ -12,15 +12,19 @@ __all__ = ['CollectConfig', 'GymnasiumVecEnv', 'Recorder', 'policy_distribution'
 import difflib
 import random
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from gla_nb.histories import (
@@ -42,6 +46,7 @@ from gla_nb.stages import (
     stage_folder,
 )
 from gla_nb.tasks import (
+    AnyTask,
     TaskError,
     check_finite,
     code_hash,
@@ -52,6 +57,9 @@ from gla_nb.tasks import (
     registering,
     reports_forward,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../nbs/01b_collect.ipynb #88ccd895
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class CollectConfig:
     seed: int = 0  # of everything; run i of a seed is always the same
     stream: str = "train"  # seed stream: train, validation or figure
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("runs", "updates", "streams", "steps_per_update", "epochs", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
@@ -93,20 +101,20 @@ class CollectConfig:
 class GymnasiumVecEnv(VecEnv):
     "A gymnasium vector environment with same-step reset, seen as a `VecEnv`; one seed per stream."
 
-    def __init__(self, envs, seeds=None):
+    def __init__(self, envs: gym.vector.VectorEnv, seeds: Sequence[int] | None = None):
         self.envs = envs
         super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
         self._seeds = list(seeds) if seeds is not None else self._seeds
 
-    def reset(self):
+    def reset(self) -> np.ndarray:
         observation, _ = self.envs.reset(seed=self._seeds)
         self._reset_seeds()  # later resets go on with the streams' own generators
         return observation
 
-    def step_async(self, actions):
+    def step_async(self, actions: np.ndarray) -> None:
         self.actions = actions
 
-    def step_wait(self):
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         observation, reward, terminated, truncated, infos = self.envs.step(self.actions)
         self.terminated, self.truncated = terminated, truncated
         self.final_observation = final_observations(observation, infos)
@@ -117,19 +125,29 @@ class GymnasiumVecEnv(VecEnv):
             answers[index]["TimeLimit.truncated"] = bool(truncated[index] and not terminated[index])
         return observation, reward.astype(np.float32), terminated | truncated, answers
 
-    def close(self):
+    def close(self) -> None:
         self.envs.close()
 
-    def get_attr(self, attr_name, indices=None):
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list:
         return [getattr(self.envs, attr_name)] * len(list(self._get_indices(indices)))
 
-    def set_attr(self, attr_name, value, indices=None):
+    def set_attr(
+        self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None
+    ) -> None:
         raise NotImplementedError("set attributes on the environments before they are wrapped")
 
-    def env_method(self, method_name, *arguments, indices=None, **keywords):
+    def env_method(
+        self,
+        method_name: str,
+        *arguments: Any,
+        indices: int | Iterable[int] | None = None,
+        **keywords: Any,
+    ) -> list:
         raise NotImplementedError("call methods on the environments before they are wrapped")
 
-    def env_is_wrapped(self, wrapper_class, indices=None):
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper], indices: int | Iterable[int] | None = None
+    ) -> list[bool]:
         return [False] * len(list(self._get_indices(indices)))
 
 # %% ../nbs/01b_collect.ipynb #083a1cc7
@@ -138,7 +156,7 @@ class Recorder(VecEnvWrapper):
 
     names = "observation executed_action reward terminated truncated final_observation".split()
 
-    def __init__(self, venv: GymnasiumVecEnv, task):
+    def __init__(self, venv: GymnasiumVecEnv, task: AnyTask):
         super().__init__(venv)
         self.forward = reports_forward(task)
         self.names = self.names + ["forward_reward"] * self.forward
@@ -146,16 +164,16 @@ class Recorder(VecEnvWrapper):
         # float64 actions would differ from the recorded ones in the last digits.
         self.dtype = np.float32 if len(venv.action_space.shape) else np.int64
 
-    def reset(self):
+    def reset(self) -> np.ndarray:
         self.observation = np.array(self.venv.reset())
         check_finite(self.task, self.observation, np.zeros(self.num_envs), "the first observation")
         return self.observation.copy()
 
-    def step_async(self, actions):
+    def step_async(self, actions: np.ndarray) -> None:
         self.executed = np.array(actions, self.dtype)
         self.venv.step_async(self.executed)
 
-    def step_wait(self):
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         observation, reward, done, infos = self.venv.step_wait()
         final, where = self.venv.final_observation, f"update {self.update}"
         for value in (observation, final):
@@ -167,14 +185,14 @@ class Recorder(VecEnvWrapper):
         self.observation = np.array(observation)
         return observation, reward, done, infos
 
-    def take(self) -> dict:
+    def take(self) -> dict[str, np.ndarray]:
         "Arrays (streams, steps, ...) of one update, by name; the next one starts empty."
         rows = [np.stack(values, axis=1) for values in zip(*self.steps, strict=True)]
         self.update, self.steps = self.update + 1, []
         return dict(zip(self.names, rows, strict=True))
 
 # %% ../nbs/01b_collect.ipynb #a9a10321
-def policy_distribution(policy, observation) -> np.ndarray:
+def policy_distribution(policy: ActorCriticPolicy, observation: np.ndarray) -> np.ndarray:
     "Log-probabilities (..., n), or mean and log standard deviation (..., 2 * d_a), at (..., d_o)."
     rows = torch.as_tensor(observation).flatten(0, -2)
     with torch.no_grad():
@@ -194,7 +212,7 @@ class HistoryCallback(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
-    def _on_rollout_end(self):
+    def _on_rollout_end(self) -> None:
         buffer, update = self.model.rollout_buffer, self.recorder.update
         rows = self.recorder.take()
         distribution = policy_distribution(self.model.policy, buffer.observations)
@@ -206,14 +224,14 @@ class HistoryCallback(BaseCallback):
         self.writer.append(rows)
 
 # %% ../nbs/01b_collect.ipynb #3584b177
-def run_seeds(config, run) -> list[int]:
+def run_seeds(config: CollectConfig, run: int) -> list[int]:
     "Seeds of run `run`: PPO's own, then one for each stream."
     sequence = seed_sequence(config.stream, config.seed, run)
     return [int(word) for word in sequence.generate_state(1 + config.streams) >> 1]
 
 
 @contextmanager
-def own_generators(seed):
+def own_generators(seed: int) -> Iterator[None]:
     "Seed the global generators that PPO uses, on one thread, and put everything back afterwards."
     threads, python, array = torch.get_num_threads(), random.getstate(), np.random.get_state()
     try:
@@ -229,7 +247,7 @@ def own_generators(seed):
         np.random.set_state(array)
 
 # %% ../nbs/01b_collect.ipynb #5e02dbae
-def make_ppo(config, run):
+def make_ppo(config: CollectConfig, run: int) -> tuple[PPO, Recorder]:
     "PPO for run `run`, and its recorder. Call it within `own_generators`."
     envs = make_vector_env(config.task, config.streams)
     recorder = Recorder(GymnasiumVecEnv(envs, run_seeds(config, run)[1:]), config.task)
@@ -254,7 +272,7 @@ def make_ppo(config, run):
     return model, recorder
 
 # %% ../nbs/01b_collect.ipynb #79c45521
-def is_complete(folder) -> bool:
+def is_complete(folder: Path | str) -> bool:
     "Whether a finished history is in `folder`. Raises `HistoryError` for one that is not ours."
     if not (Path(folder) / "meta.json").exists():
         return False
@@ -264,7 +282,7 @@ def is_complete(folder) -> bool:
     return read_json(Path(folder) / "meta.json")["complete"] and bool(open_history(folder))
 
 
-def collect_run(config, run, folder):
+def collect_run(config: CollectConfig, run: int, folder: Path | str) -> None:
     "Write the history of run `run` into `folder`, unless a finished one is there."
     with locked(folder):  # a process whose parent was killed may still be writing here
         if is_complete(folder):
@@ -308,7 +326,7 @@ class Progress:
         )
 
 
-def updates_done(folder) -> int:
+def updates_done(folder: Path | str) -> int:
     "Committed updates of the history in `folder`, 0 where none is."
     try:
         return read_json(Path(folder) / "meta.json")["updates_done"]
@@ -316,7 +334,7 @@ def updates_done(folder) -> int:
         return 0
 
 # %% ../nbs/01b_collect.ipynb #e1950f30
-def collect_config(config_or_task, changes: dict) -> CollectConfig:
+def collect_config(config_or_task: CollectConfig | AnyTask, changes: dict) -> CollectConfig:
     "A ready configuration, or that of a task with the given fields. Raises `ValueError`."
     if isinstance(config_or_task, CollectConfig):
         if changes:
@@ -331,7 +349,9 @@ def collect_config(config_or_task, changes: dict) -> CollectConfig:
     return CollectConfig(task=config_or_task, **changes)
 
 # %% ../nbs/01b_collect.ipynb #d536d435
-def collect(config_or_task, jobs=None, **changes) -> Path:
+def collect(
+    config_or_task: CollectConfig | AnyTask, jobs: int | None = None, **changes: Any
+) -> Path:
     """Collect all runs in `jobs` processes (one per core) and return their folder.
 
     Takes a `CollectConfig`, or a task as in `find_task` with fields of `CollectConfig`. Raises
@@ -342,7 +362,9 @@ def collect(config_or_task, jobs=None, **changes) -> Path:
     return collect_all([config_or_task], jobs, **changes)[0]
 
 
-def collect_all(configs_or_tasks, jobs=None, **changes) -> list[Path]:
+def collect_all(
+    configs_or_tasks: Sequence[CollectConfig | AnyTask], jobs: int | None = None, **changes: Any
+) -> list[Path]:
     "The folders of several collections, whose runs share the processes; otherwise as `collect`."
     configs = [collect_config(each, changes) for each in configs_or_tasks]
     configs = [replace(config, task=find_task(config.task)) for config in configs]
@@ -353,12 +375,18 @@ def collect_all(configs_or_tasks, jobs=None, **changes) -> list[Path]:
         for folder in sorted(set(folders)):  # in order, or two that share some wait for each other
             locks.enter_context(locked(folder))
         planned = planned_runs(dict(zip(folders, configs, strict=True)))
-        if missing := [each for each in planned if not is_complete(each[2])]:
+        missing = [each for each in planned if not is_complete(each[2])]
+        for folder, config in dict(zip(folders, configs, strict=True)).items():
+            if count := sum(path.parent == folder for *_, path in missing):
+                LOG.info("collecting %d of %d PPO runs into %s", count, config.runs, folder)
+            else:
+                LOG.info("reusing the learning histories in %s", folder)
+        if missing:
             run_missing(missing, jobs, Progress(planned))
     return folders
 
-
-def histories_folder(config) -> Path:
+# %% ../nbs/01b_collect.ipynb #e3cd2e4e
+def histories_folder(config: CollectConfig) -> Path:
     "The folder of the runs of `config`, which has a `Task`, named by all that they depend on."
     task = config.task
     resolved = plain(replace(config, task=task.name)) | {"task": plain(task)} | code_hash(task)
@@ -371,11 +399,10 @@ def planned_runs(configs: dict) -> list[tuple]:
     return [(config, run, folder / f"run_{run:03d}") for config, run, folder in each]
 
 
-def run_missing(runs: list[tuple], jobs, report):
+def run_missing(runs: list[tuple], jobs: int | None, report: Callable[[], str]) -> None:
     "Collect these runs in parallel. Raises `TaskError` for an environment that cannot go there."
     from joblib import delayed
 
-    LOG.info("collecting %d PPO runs", len(runs))
     calls = [delayed(registering(config.task, collect_run))(config, *to) for config, *to in runs]
     try:
         run_parallel(calls, jobs, report)
@@ -389,7 +416,7 @@ def run_missing(runs: list[tuple], jobs, report):
         ) from error
 
 # %% ../nbs/01b_collect.ipynb #687c5368
-def run_folders(folder) -> list[Path]:
+def run_folders(folder: Path | str) -> list[Path]:
     "The folders of the runs in `folder`, in order. Raises `HistoryError` when there are none."
     found = sorted(path.parent for path in Path(folder).glob("run_*/meta.json"))
     if not found:
@@ -397,7 +424,7 @@ def run_folders(folder) -> list[Path]:
     return found
 
 # %% ../nbs/01b_collect.ipynb #f0b82b2a
-def learning_curves(folder) -> pd.DataFrame:
+def learning_curves(folder: Path | str) -> pd.DataFrame:
     "Columns run, update, interactions (at the end of the update) and return (mean of episodes)."
     tables = []
     for run, path in enumerate(run_folders(folder)):
@@ -408,7 +435,7 @@ def learning_curves(folder) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/01b_collect.ipynb #b20aa6d3
-def plot_learning_curves(folder, ax=None):
+def plot_learning_curves(folder: Path | str, ax: "Axes | None" = None) -> "Axes":
     "Draw the return of each run and their mean against interactions; dashed: the optimum."
     import matplotlib.pyplot as plt
 

@@ -8,10 +8,15 @@ __all__ = ['RANKS', 'EPISODE', 'requests', 'request_curves', 'request_claims', '
 # %% ../nbs/15_conditioning.ipynb #83e02dad
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .evaluate import Claim, Lifetimes, MetaTest, plot_bins
 from .figure3 import LAST, shortened
 from .train import Experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/15_conditioning.ipynb #8f018a1e
 RANKS = (0.25, 0.5, 0.75, 1.0)  # of the policy asked for, within its PPO run
@@ -26,7 +31,7 @@ def requests(row: Experiment) -> dict[str, list]:
     }
 
 
-def request_curves(row: Experiment, agent, seed: int) -> dict[str, MetaTest]:
+def request_curves(row: Experiment, agent: Path | str, seed: int) -> dict[str, MetaTest]:
     "One curve for each request, and one without any, by label."
     whole = MetaTest(row.collect.task, str(agent), row.lifetimes, row.interactions, seed)
     base = shortened(row, whole)
@@ -74,7 +79,7 @@ def request_claims(row: Experiment) -> list[Claim]:
     return claims
 
 # %% ../nbs/15_conditioning.ipynb #35729a78
-def plot_requests(row: Experiment, curves: dict[str, Lifetimes]):
+def plot_requests(row: Experiment, curves: dict[str, Lifetimes]) -> "Figure":
     "Forward reward for each request, one panel for each conditioning; returns the figure."
     import matplotlib.pyplot as plt
     import seaborn as sns

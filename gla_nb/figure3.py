@@ -13,9 +13,11 @@ __all__ = ['CONTROLS', 'LAST', 'EARLY', 'LATE', 'CHECKED', 'CHECK_BINS', 'CLEANR
 
 # %% ../nbs/10_figure3.ipynb #6c66993e
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -43,6 +45,9 @@ from .histories import open_history
 from .stages import plain, read_json, versions, whole, write_json
 from .tasks import find_task, reports_forward
 from .train import Experiment, TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/10_figure3.ipynb #d782d291
 def gap_curves(row: Experiment, agents: dict, seed: int) -> dict[str, MetaTest]:
@@ -101,7 +106,7 @@ def is_continuous(row: Experiment) -> bool:
     return reports_forward(row.collect.task)
 
 # %% ../nbs/10_figure3.ipynb #f1b7e617
-def ppo_curves(histories) -> dict[str, Lifetimes]:
+def ppo_curves(histories: Path | str) -> dict[str, Lifetimes]:
     "The PPO runs that made the data, whole, by the name `ppo_source`."
     return {"ppo_source": replace(ppo_lifetimes(run_folders(histories)), agent="ppo_source")}
 
@@ -151,7 +156,7 @@ def gap_claims(row: Experiment, threshold: float) -> list[Claim]:
     return claims + [best] * ("max" in row.gaps)
 
 # %% ../nbs/10_figure3.ipynb #27796a18
-def ppo_claims(row: Experiment, threshold: float, episodes) -> list[Claim]:
+def ppo_claims(row: Experiment, threshold: float, episodes: pd.DataFrame) -> list[Claim]:
     "Faster than the fastest PPO run of the data, for each gap whose lifetimes all got there."
     found, task = interactions_to(episodes, threshold), row.collect.task
     source = select(found["interactions"], task, "ppo_source")
@@ -167,7 +172,7 @@ def ppo_claims(row: Experiment, threshold: float, episodes) -> list[Claim]:
     ]  # fmt: skip
 
 
-def control_claims(gap, names: dict, threshold: float) -> list[Claim]:
+def control_claims(gap: int | str, names: dict[str, int | str], threshold: float) -> list[Claim]:
     "What the agent of one gap does beyond the controls and baselines in `names` (name -> gap)."
     claims = [
         Claim(
@@ -193,7 +198,7 @@ LAST = (24, 32)  # bins of the last quarter
 EARLY, LATE = (2, 6), (16, 20)  # bins of windows 2-3 and 9-10 in a lifetime of 16 windows
 
 
-def learning_claims(task: str, gap, half: float) -> list[Claim]:
+def learning_claims(task: str, gap: int | str, half: float) -> list[Claim]:
     "Whether one agent learns to walk; `half` is half of the forward reward that PPO ended with."
     name, own = f"g = {gap}", {"gap": gap, "level": 0.01, "tasks": (task,)}
     noise = {"against": "magnitude_matched", "against_gap": gap}
@@ -208,7 +213,7 @@ def learning_claims(task: str, gap, half: float) -> list[Claim]:
     ]  # fmt: skip
 
 
-def keeping_claim(task: str, gap, bins) -> Claim:
+def keeping_claim(task: str, gap: int | str, bins: pd.DataFrame) -> Claim:
     "Whether an agent keeps what it learned; where it was not above noise, whether it gains that."
     mean = level(bins, "reward", *EARLY)
     noise = select(mean, task, "magnitude_matched", gap)
@@ -219,7 +224,7 @@ def keeping_claim(task: str, gap, bins) -> Claim:
     )  # fmt: skip
 
 # %% ../nbs/10_figure3.ipynb #0672b4d4
-def continuous_claims(row: Experiment, bins) -> list[Claim]:
+def continuous_claims(row: Experiment, bins: pd.DataFrame) -> list[Claim]:
     "The paper's claims about Figure 3 (right), and ours beside them."
     task, numbers = row.collect.task, [gap for gap in row.gaps if gap != "max"]
     source = select(level(bins, "forward_reward", N_BINS - 1, N_BINS), task, "ppo_source")
@@ -274,7 +279,7 @@ def continuous_control_claims(row: Experiment) -> list[Claim]:
     ]  # fmt: skip
 
 # %% ../nbs/10_figure3.ipynb #b9844a1b
-def figure_claims(row: Experiment, episodes, bins) -> list[Claim]:
+def figure_claims(row: Experiment, episodes: pd.DataFrame, bins: pd.DataFrame) -> list[Claim]:
     "Every claim that the curves in the two tables allow; controls only where they were run."
     if is_continuous(row):
         main = "ppo_source" in set(episodes["agent"])
@@ -285,7 +290,9 @@ def figure_claims(row: Experiment, episodes, bins) -> list[Claim]:
     return claims + control_claims(row.train.gap, names, threshold) * ("hidden" in names)
 
 # %% ../nbs/10_figure3.ipynb #8c84ade1
-def curve_table(row: Experiment, episodes, agents=("gla", "random")) -> pd.DataFrame:
+def curve_table(
+    row: Experiment, episodes: pd.DataFrame, agents: Sequence[str] = ("gla", "random")
+) -> pd.DataFrame:
     "For each curve of `agents` the first episode, the interactions to 90 %, and the end."
     threshold = 0.9 * find_task(row.collect.task).optimum
     shown = episodes[episodes["agent"].isin(agents)]
@@ -337,17 +344,17 @@ def markdown(table: pd.DataFrame) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 # %% ../nbs/10_figure3.ipynb #a754ca44
-def interval(values) -> str:
+def interval(values: pd.Series) -> str:
     "The 95 % bootstrap interval of a mean, as text."
     return "[{}, {}]".format(*map(short, bootstrap_interval(values)))
 
 
-def by_curve(values: pd.Series, name=short) -> pd.Series:
+def by_curve(values: pd.Series, name: Callable[[float], str] = short) -> pd.Series:
     "The mean over the lifetimes of each curve, as text; empty where nothing was measured."
     return values.groupby(CURVE).mean().map(name, na_action="ignore")
 
 
-def quarters(bins, column: str = "reward") -> dict:
+def quarters(bins: pd.DataFrame, column: str = "reward") -> dict[str, pd.Series]:
     "Columns of a table: lifetimes of each curve, its first and last quarter, and the gain."
     first, last = level(bins, column, 0, N_BINS // 4), level(bins, column, *LAST)
     gains = gain(bins, column)
@@ -360,20 +367,20 @@ def quarters(bins, column: str = "reward") -> dict:
     }
 
 
-def strength(bins) -> dict:
+def strength(bins: pd.DataFrame) -> dict[str, pd.Series]:
     "Columns of a table: forward reward and action RMS in the last quarter of each curve."
     names = {"forward reward": "forward_reward", "action RMS": "action_rms"}
     return {label: by_curve(level(bins, name, *LAST)) for label, name in names.items()}
 
 
-def curve_rows(columns: dict, bins) -> pd.DataFrame:
+def curve_rows(columns: dict[str, pd.Series], bins: pd.DataFrame) -> pd.DataFrame:
     "A row for each curve, in the order of the table of bins; what was not measured is empty."
     order = dict.fromkeys(bins[CURVE].itertuples(index=False, name=None))
     table = pd.DataFrame(columns).astype(object)
     return table.where(table.notna(), "").reindex(order).rename_axis(CURVE).reset_index()
 
 # %% ../nbs/10_figure3.ipynb #b00b791f
-def continuous_table(episodes, bins) -> pd.DataFrame:
+def continuous_table(episodes: pd.DataFrame, bins: pd.DataFrame) -> pd.DataFrame:
     "One row for each curve: first episode, reward per step, gain, forward reward, action RMS."
     columns, last = quarters(bins), level(bins, "reward", *LAST)
     lifetimes = {"lifetimes": columns.pop("lifetimes")}
@@ -399,7 +406,7 @@ def expected_reward(bins: pd.DataFrame) -> dict:
     return {"lifetimes": CHECKED, "interactions": length, "reward": within}
 
 
-def card_results(bins: pd.DataFrame, agent: str, gap) -> dict:
+def card_results(bins: pd.DataFrame, agent: str, gap: int | str) -> dict:
     "`results` and `expected` for the card of an agent, from its rows in one or several tasks."
     results, expected = [], {}
     chosen = bins[(bins["agent"] == agent) & (bins["gap"].astype(str) == str(gap))]
@@ -418,7 +425,7 @@ def card_results(bins: pd.DataFrame, agent: str, gap) -> dict:
     return {"results": results, "expected": expected}
 
 # %% ../nbs/10_figure3.ipynb #c4e60066
-def plot_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):
+def plot_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float) -> "Figure":
     "Figure 3 (left), and the same beside PPO on a logarithmic axis; returns the figure."
     import matplotlib.pyplot as plt
 
@@ -439,7 +446,9 @@ def plot_gaps(curves: dict[str, Lifetimes], source: Lifetimes, optimum: float):
     return fig
 
 
-def plot_controls(controls: dict, baselines: dict, optimum: float):
+def plot_controls(
+    controls: dict[str, Lifetimes], baselines: dict[str, Lifetimes], optimum: float
+) -> "Figure":
     "One agent beside its controls, and beside the baselines; returns the figure."
     import matplotlib.pyplot as plt
 
@@ -452,8 +461,8 @@ def plot_controls(controls: dict, baselines: dict, optimum: float):
     fig.tight_layout()
     return fig
 
-
-def write_text(path: Path, text: str):
+# %% ../nbs/10_figure3.ipynb #d907dcb5
+def write_text(path: Path, text: str) -> None:
     "Write a text file, whole or not at all."
     with whole(path) as temporary:
         temporary.write_text(text)
@@ -470,7 +479,7 @@ def write_record(path: Path, row: Experiment, seed: int, seconds: dict) -> dict:
     return seconds
 
 
-def save_figure(fig, folder: Path, name: str):
+def save_figure(fig: "Figure", folder: Path, name: str) -> None:
     "Write the figure as PNG and PDF, each whole or not at all."
     for kind in ("png", "pdf"):
         with whole(folder / f"{name}.{kind}") as temporary:
@@ -483,7 +492,7 @@ def episode_lengths(lifetimes: Lifetimes) -> Lifetimes:
     return replace(lifetimes, reward=np.ones_like(lifetimes.reward))
 
 
-def curve_colors(labels) -> dict:
+def curve_colors(labels: Iterable[str]) -> dict:
     "One colour for each gap; noise like an agent has that agent's, paler, and zero is grey."
     import seaborn as sns
 
@@ -494,7 +503,7 @@ def curve_colors(labels) -> dict:
     return colors | {label: color for label, color in pale.items() if label in labels}
 
 # %% ../nbs/10_figure3.ipynb #b2b2dd5b
-def plot_continuous(curves: dict[str, Lifetimes], source: Lifetimes):
+def plot_continuous(curves: dict[str, Lifetimes], source: Lifetimes) -> "Figure":
     "Figure 3 (right): six panels of agents, baselines and PPO; returns the figure."
     import matplotlib.pyplot as plt
 
@@ -530,14 +539,14 @@ def plot_continuous(curves: dict[str, Lifetimes], source: Lifetimes):
 CLEANRL = (1824, 906)  # return that CleanRL published for its PPO on Ant-v4 at 8M steps, mean +-
 
 
-def update_means(folder, name: str = "forward_reward") -> np.ndarray:
+def update_means(folder: Path | str, name: str = "forward_reward") -> np.ndarray:
     "Mean (runs, updates) of an array of each history in a folder, over streams and steps."
     histories = [open_history(run) for run in run_folders(folder)]
     shape = (histories[0].streams, histories[0].updates, -1)
     return np.stack([np.reshape(getattr(h, name), shape).mean((0, 2)) for h in histories])
 
 
-def plot_ppo(folders: dict[str, Path], window: int = 10):
+def plot_ppo(folders: dict[str, Path], window: int = 10) -> "Figure":
     "Return and forward reward of each PPO run, by task, smoothed over updates; the figure."
     import matplotlib.pyplot as plt
 
@@ -565,7 +574,9 @@ def plot_ppo(folders: dict[str, Path], window: int = 10):
     return fig
 
 # %% ../nbs/10_figure3.ipynb #15fd4187
-def plot_continuous_controls(controls: dict, baselines: dict):
+def plot_continuous_controls(
+    controls: dict[str, Lifetimes], baselines: dict[str, Lifetimes]
+) -> "Figure":
     "One agent beside its controls (above) and the baselines (below); returns the figure."
     import matplotlib.pyplot as plt
 

@@ -8,6 +8,8 @@ __all__ = ['DIRECTIONS', 'FIRST_WINDOW', 'FIRST_HALF', 'LOOKS', 'agent_plans', '
 
 # %% ../nbs/11_figure4.ipynb #feeb3495
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,9 @@ from gla_nb.evaluate import (
 )
 from .figure3 import LAST, by_curve, curve_rows, quarters, shortened
 from .train import Experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/11_figure4.ipynb #1a70648c
 DIRECTIONS = ("ant_forward", "ant_backward")  # the tasks of the meta-test
@@ -55,7 +60,7 @@ def direction_curves(row: Experiment, agents: dict, seed: int) -> dict:
     return found
 
 
-def direction_controls(row: Experiment, curves: dict, hidden) -> dict:
+def direction_controls(row: Experiment, curves: dict, hidden: Path | str) -> dict:
     "Controls of the agent that was trained on both, by `(task, label)`, with it at their length."
     found = {}
     for task in DIRECTIONS:
@@ -72,7 +77,7 @@ FIRST_WINDOW = (0, 2)  # bins, in a lifetime of 16 windows
 FIRST_HALF = (0, 4, 12, 16)  # bins of the first and the last quarter of its first 8 windows
 
 
-def direction_claims(gap) -> list[Claim]:
+def direction_claims(gap: int | str) -> list[Claim]:
     "The paper's claims about Figure 4, for agents of one gap."
     both, forward = {"agent": "gla_both", "gap": gap}, {"agent": "gla_forward", "gap": gap}
     speed = {"column": "forward_reward"}
@@ -112,7 +117,7 @@ def direction_claims(gap) -> list[Claim]:
     ]  # fmt: skip
 
 # %% ../nbs/11_figure4.ipynb #3d1572ce
-def direction_control_claims(gap) -> list[Claim]:
+def direction_control_claims(gap: int | str) -> list[Claim]:
     "Without its own rewards the agent runs right as often as chance has it."
     chance = {"tasks": DIRECTIONS, "pooled": True, "against": 0.5}
     claims = [
@@ -131,7 +136,7 @@ def direction_control_claims(gap) -> list[Claim]:
     ]  # fmt: skip
 
 # %% ../nbs/11_figure4.ipynb #b3894f1e
-def direction_table(bins) -> pd.DataFrame:
+def direction_table(bins: pd.DataFrame) -> pd.DataFrame:
     "One row for each curve of a table of bins; velocities in m/s, and numbers of lifetimes."
     right = runs_right(bins)
     columns = {
@@ -155,7 +160,7 @@ LOOKS = {  # label, name in the legend, colour
 }
 
 
-def plot_directions(curves: dict):
+def plot_directions(curves: dict[tuple[str, str], Lifetimes]) -> "Figure":
     "Figure 4 from lifetimes by `(task, label)`, one row for each direction; returns the figure."
     import matplotlib.pyplot as plt
 

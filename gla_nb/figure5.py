@@ -7,7 +7,10 @@ __all__ = ['TASKS', 'LOOKS', 'agent_plans', 'domain_curves', 'domain_controls', 
            'domain_baselines', 'domain_table', 'plot_domains']
 
 # %% ../nbs/12_figure5.ipynb #0749a4de
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -22,6 +25,9 @@ from gla_nb.figure3 import (
     strength,
 )
 from .train import Experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/12_figure5.ipynb #9f0d514d
 TASKS = (
@@ -62,14 +68,14 @@ def domain_curves(row: Experiment, agents: dict, seed: int, task: str) -> dict[s
     }
 
 
-def domain_controls(row: Experiment, first: MetaTest, hidden) -> dict[str, MetaTest]:
+def domain_controls(row: Experiment, first: MetaTest, hidden: Path | str) -> dict[str, MetaTest]:
     "Controls of the first agent on its task, with the agent itself at their length."
     agent = shortened(row, first)
     controls = control_curves(replace(agent, name=""), {"hidden": hidden})
     return {"gla_1": agent} | controls
 
 # %% ../nbs/12_figure5.ipynb #479692aa
-def domain_claims(gap) -> list[Claim]:
+def domain_claims(gap: int | str) -> list[Claim]:
     "The paper's claims about Figure 5, for two agents of one gap."
     # Noise and foreign rewards are those of the first agent.
     beside = {"gla_1": ("magnitude_matched", "yoked", "no_projection"), "gla_2": ("no_projection",)}
@@ -98,7 +104,7 @@ def domain_claims(gap) -> list[Claim]:
     return claims
 
 
-def domain_control_claims(gap, baselines) -> list[Claim]:
+def domain_control_claims(gap: int | str, baselines: Iterable[str]) -> list[Claim]:
     "What the first agent gains beyond its controls and beyond PPO from scratch."
     controls = ("hidden", "yoked", "shuffled", "episode_memory", "untrained")
     against = dict.fromkeys(controls, gap) | dict.fromkeys(baselines, "")
@@ -117,7 +123,7 @@ def domain_baselines(row: Experiment, seed: int, task: str) -> dict[str, Lifetim
     return ppo_baselines(replace(row, baselines=baselines), seed)
 
 
-def domain_table(bins) -> pd.DataFrame:
+def domain_table(bins: pd.DataFrame) -> pd.DataFrame:
     "One row for each task and curve of a table of bins: reward per step, gain, forward reward."
     return curve_rows(quarters(bins) | strength(bins), bins)
 
@@ -133,7 +139,7 @@ LOOKS = {  # label: colour
 }
 
 
-def plot_domains(curves: dict):
+def plot_domains(curves: dict[tuple[str, str], Lifetimes]) -> "Figure":
     "Figure 5 from lifetimes by `(task, label)`: a column for each task; returns the figure."
     import matplotlib.pyplot as plt
 

@@ -13,17 +13,18 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata, reload
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 
-from .agent import ENVIRONMENT, GLA
+from .agent import ENVIRONMENT, GLA, Agent
 from gla_nb.evaluate import (
     CONTEXT_FREE,
     Lifetimes,
@@ -57,19 +58,19 @@ class Recording:
 class Recorder:
     "An actor that acts as another does and keeps the transitions that it observes."
 
-    def __init__(self, actor):
+    def __init__(self, actor: Any):
         self.actor, self.transitions = actor, []
 
-    def __getattr__(self, name):  # act, shape, normal, draws
+    def __getattr__(self, name: str) -> Any:  # act, shape, normal, draws
         return getattr(self.actor, name)
 
-    def observe(self, *transition):
+    def observe(self, *transition: Any) -> None:
         "Observation, action, reward, next observation, terminated, truncated, `(L, ...)` each."
         self.transitions.append(transition)
         self.actor.observe(*transition)
 
 # %% ../nbs/05_films.ipynb #748ba923
-def weights_digest(agent) -> str | None:
+def weights_digest(agent: Agent | str) -> str | None:
     "Ten hexadecimal digits of the weights of an agent; None for one without."
     if not hasattr(agent, "state_dict"):
         return None
@@ -78,7 +79,15 @@ def weights_digest(agent) -> str | None:
     return hashlib.sha256(content).hexdigest()[:10]
 
 # %% ../nbs/05_films.ipynb #21cecc82
-def lived(actor, environments, task, seeds, interactions: int, feedback="true", live=None) -> dict:
+def lived(
+    actor: Any,
+    environments: gym.vector.VectorEnv,
+    task: object,
+    seeds: Sequence[int],
+    interactions: int,
+    feedback: str = "true",
+    live: Callable[[int], None] | None = None,
+) -> dict:
     "Arrays `(L, T)` by name of what comes when an actor acts; `live` is told after each step."
     kept = new_record(len(seeds), interactions, not hasattr(environments.single_action_space, "n"))
     for done in run_lifetimes(actor, environments, task, seeds, kept, feedback, None):
@@ -88,9 +97,9 @@ def lived(actor, environments, task, seeds, interactions: int, feedback="true", 
 
 # %% ../nbs/05_films.ipynb #13da4207
 def record(
-    task,  # as in `meta_test`
-    agent,  # a trained agent, or "random" or "zero"
-    seeds,  # (L,) whole numbers, one lifetime each
+    task: object,  # as in `meta_test`
+    agent: Agent | str,  # a trained agent, or "random" or "zero"
+    seeds: Sequence[int],  # (L,) whole numbers, one lifetime each
     interactions: int,  # T, environment steps of each lifetime
     feedback: str = "true",  # which rewards the agent is shown: true, hidden, shuffled
     live: Callable[[int], None] | None = None,  # is told how many interactions are done
@@ -110,7 +119,7 @@ def record(
     return Recording(task, lifetimes, observation, action, shown, seen, weights_digest(agent))
 
 # %% ../nbs/05_films.ipynb #709c69c8
-def use_headless_opengl():
+def use_headless_opengl() -> None:
     "Let MuJoCo draw through EGL on Linux without a display, unless `MUJOCO_GL` says otherwise."
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not sys.platform.startswith("linux") or display or os.environ.get("MUJOCO_GL"):
@@ -137,7 +146,7 @@ def cannot_draw(task: Task, error: Exception) -> ValueError:
 PIXELS = 320  # width and height of MuJoCo's pictures
 
 
-def aim_camera(env: gym.Env):
+def aim_camera(env: gym.Env) -> None:
     "Let MuJoCo's camera follow the body where a model has such a camera."
     inner = env.unwrapped
     if hasattr(inner, "mujoco_renderer"):
@@ -150,7 +159,7 @@ def aim_camera(env: gym.Env):
         inner.render_kwargs = {"camera_id": 0, "width": PIXELS, "height": PIXELS}
 
 # %% ../nbs/05_films.ipynb #a19a25d1
-def close_drawn(env: gym.Env):
+def close_drawn(env: gym.Env) -> None:
     "Close an environment and free what it was drawn with, while its own OpenGL context is current."
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     for viewer in renderer._viewers.values() if renderer else ():
@@ -160,7 +169,7 @@ def close_drawn(env: gym.Env):
 
 
 @contextmanager
-def drawn_env(task) -> Iterator[gym.Env]:
+def drawn_env(task: object) -> Iterator[gym.Env]:
     """An environment as `make_env` makes it, reset, that draws itself: `render()` gives RGB.
 
     Raises `ValueError` for a task without such pictures, or where they cannot be made.
@@ -211,7 +220,9 @@ def filmed_episodes(recording: Recording) -> pd.DataFrame:
     return episodes.iloc[[0, -1]].assign(start=lambda rows: rows.interactions - rows.length)
 
 # %% ../nbs/05_films.ipynb #483e8db5
-def play(env: gym.Env, recording: Recording, episodes: pd.DataFrame, every: int, frames: int):
+def play(
+    env: gym.Env, recording: Recording, episodes: pd.DataFrame, every: int, frames: int
+) -> list[list[np.ndarray]]:
     """Pictures of the given `episodes` of lifetime 0, a list for each, every so many steps.
 
     The lifetime is lived again in `env`. Raises `ValueError` unless it earns the same rewards.
@@ -252,7 +263,7 @@ class Sheet:
         self.lifetimes, self.episodes, self.size = recording.lifetimes, episodes, size
         self.canvas = FigureCanvasAgg(Figure(figsize=(width / 100, height / 100), dpi=100))
 
-        def axes(left, bottom, wide, high):
+        def axes(left: float, bottom: float, wide: float, high: float) -> Any:
             box = left / width, bottom / height, wide / width, high / height
             return self.canvas.figure.add_axes(box)
 
@@ -263,7 +274,7 @@ class Sheet:
             self.views.append(view)
         self.draw_curve(axes(52, 40, width - 66, bottom - 52))
 
-    def draw_curve(self, ax):
+    def draw_curve(self, ax: Any) -> None:
         "Returns of finished episodes, with the two that are shown."
         table = episodes_table(self.lifetimes)
         table = table[table["seed"] == self.lifetimes.seeds[0]]
@@ -278,7 +289,7 @@ class Sheet:
         ax.set_xlabel("environment interactions", fontsize=8)
         ax.set_ylabel("return", fontsize=8)
 
-    def frame(self, pictures, earned, progress: float) -> np.ndarray:
+    def frame(self, pictures: list[np.ndarray], earned: np.ndarray, progress: float) -> np.ndarray:
         "RGB `(height, width, 3)`: two pictures, the returns so far, the curve up to `progress`."
         for k, (view, picture) in enumerate(zip(self.views, pictures, strict=True)):
             if view.images:
@@ -294,7 +305,9 @@ class Sheet:
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
 # %% ../nbs/05_films.ipynb #e104a0f0
-def draw_film(recording: Recording, episodes, pictures, every: int, size: int) -> list[np.ndarray]:
+def draw_film(
+    recording: Recording, episodes: list, pictures: list[np.ndarray], every: int, size: int
+) -> list[np.ndarray]:
     "The frames of the film, RGB; as many as the longer list of pictures has."
     sheet, frames = Sheet(recording, episodes, size), []
     reward = recording.lifetimes.reward[0].astype(float)
@@ -311,7 +324,7 @@ def draw_film(recording: Recording, episodes, pictures, every: int, size: int) -
 QUALITIES = [(80, 1), (60, 1), (40, 1), (25, 1), (40, 2), (25, 2), (25, 4)]  # quality, every n-th
 
 
-def encode(frames, milliseconds: float, limit: int) -> tuple[bytes, dict]:
+def encode(frames: list[np.ndarray], milliseconds: float, limit: int) -> tuple[bytes, dict]:
     "Animated WebP of at most `limit` bytes, and how it was made. Raises `ValueError`."
     import imageio.v3 as iio
 
@@ -330,7 +343,7 @@ def encode(frames, milliseconds: float, limit: int) -> tuple[bytes, dict]:
     )
 
 # %% ../nbs/05_films.ipynb #5451b3b9
-def check_film(path, frames: int, size: int) -> Path:
+def check_film(path: Path | str, frames: int, size: int) -> Path:
     "The path. Raises `ValueError` for what cannot become a film, before anything is run."
     path = Path(path).expanduser()
     if path.suffix != ".webp":
@@ -342,7 +355,11 @@ def check_film(path, frames: int, size: int) -> Path:
 
 # %% ../nbs/05_films.ipynb #7f7fb065
 def write_film(
-    recording: Recording, path, frames: int = 120, size: int = 240, limit: int = 1_000_000
+    recording: Recording,
+    path: Path | str,
+    frames: int = 120,
+    size: int = 240,
+    limit: int = 1_000_000,
 ) -> Path:
     """Film of lifetime 0 of a recording, animated WebP of at most `limit` bytes, and its JSON.
 
@@ -370,9 +387,9 @@ def write_film(
 
 # %% ../nbs/05_films.ipynb #bd8de755
 def film(
-    task,  # as in `meta_test`, by name or id
-    agent,  # a trained agent, or "random" or "zero"
-    path,  # of the film, NAME.webp; NAME.json beside it says how it was made
+    task: object,  # as in `meta_test`, by name or id
+    agent: Agent | str,  # a trained agent, or "random" or "zero"
+    path: Path | str,  # of the film, NAME.webp; NAME.json beside it says how it was made
     seed: int = 0,  # of the lifetime
     interactions: int = 4096,  # of the lifetime
     frames: int = 120,  # at most
@@ -388,7 +405,7 @@ def film(
     return write_film(record(task, agent, [seed], interactions), path, frames, size)
 
 # %% ../nbs/05_films.ipynb #b862c474
-def main(arguments=None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     "Film the first and the last episode of one lifetime: 0 when it is written, 2 if it cannot be."
     parser = argparse.ArgumentParser(prog="python -m gla_nb.films", description=main.__doc__)
     parser.add_argument("task", help="a named task, or an id of gymnasium or dm_control")

@@ -15,7 +15,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from gymnasium import spaces
@@ -30,21 +30,24 @@ from gla_nb.stages import (
     whole,
     write_json,
 )
-from .tasks import find_task
+from .tasks import AnyTask, find_task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../nbs/01a_histories.ipynb #d6016b98
 FORMAT, VERSION = "gla_nb learning history", 1
 PRECISIONS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}  # of all float arrays
 
 
-def describe_action(space) -> dict:
+def describe_action(space: spaces.Discrete | spaces.Box) -> dict:
     "An action space as JSON: `{'kind': 'Discrete', 'n'}` or `{'kind': 'Box', 'low', 'high'}`."
     if isinstance(space, spaces.Discrete):
         return {"kind": "Discrete", "n": int(space.n)}
     return {"kind": "Box", "low": space.low.tolist(), "high": space.high.tolist()}
 
 
-def row_fields(meta) -> dict:
+def row_fields(meta: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     "Shape and type of one row of each field, by name; floats have the `precision` of `meta`."
     real = PRECISIONS[meta.get("precision", "float32")]
     observation = (tuple(meta["observation"]["shape"]), real)
@@ -69,7 +72,7 @@ def row_fields(meta) -> dict:
 class ArrayFile:
     "A new `.npy` file of `shape` (streams, rows, ...), written in place. Raises `OSError`, named."
 
-    def __init__(self, path, shape, dtype):
+    def __init__(self, path: Path | str, shape: tuple[int, ...], dtype: np.dtype):
         self.path, self.shape = path, tuple(shape)
         self.row_bytes = math.prod(shape[2:]) * dtype.itemsize
         header = {"descr": dtype.str, "fortran_order": False, "shape": self.shape}
@@ -82,7 +85,7 @@ class ArrayFile:
         except OSError as error:
             raise storage_error(path, error) from error
 
-    def write(self, row, values):
+    def write(self, row: int, values: np.ndarray) -> None:
         "Write `values` (streams, n, ...) from row `row` on."
         for stream, part in enumerate(values):
             data = memoryview(part).cast("B")
@@ -94,21 +97,21 @@ class ArrayFile:
             except OSError as error:
                 raise storage_error(self.path, error) from error
 
-    def close(self):
+    def close(self) -> None:
         self.file.close()
 
 # %% ../nbs/01a_histories.ipynb #4d64929c
 def new_meta(
     *,
-    task,
-    observation_space,
-    action_space,
-    streams,
-    updates,
-    steps_per_update,
-    seed,
-    config=None,
-    forward_reward=False,
+    task: AnyTask,
+    observation_space: spaces.Box,
+    action_space: spaces.Discrete | spaces.Box,
+    streams: int,
+    updates: int,
+    steps_per_update: int,
+    seed: int,
+    config: object = None,
+    forward_reward: bool = False,
 ) -> dict:
     "The metadata of a history to be written. Raises `ValueError` for sizes below 1."
     sizes = {"streams": streams, "updates": updates, "steps_per_update": steps_per_update}
@@ -130,7 +133,7 @@ class HistoryWriter:
     where nothing can be written, and then keeps all earlier updates readable.
     """
 
-    def __init__(self, folder, **plan):
+    def __init__(self, folder: Path | str, **plan: Any):
         self.meta, self.files = new_meta(**plan), {}
         self.folder = make_folder(folder)
         (self.folder / "meta.json").unlink(missing_ok=True)  # no history until all files are there
@@ -139,38 +142,38 @@ class HistoryWriter:
             self.files[name] = ArrayFile(self.folder / f"{name}.npy", lead + shape, dtype)
         self._commit(0)
 
-    def append(self, rows: dict):
+    def append(self, rows: dict[str, np.ndarray]) -> None:
         "One update: an array (streams, steps_per_update, ...) for each field but `update`."
         for name, values in check_rows(self.meta, rows).items():
             self.files[name].write(self.meta["rows"], values)
         self._commit(self.meta["updates_done"] + 1)
 
-    def _commit(self, done):
+    def _commit(self, done: int) -> None:
         "Make the rows of the first `done` updates count."
         rows, complete = done * self.meta["steps_per_update"], done == self.meta["updates"]
         self.meta |= {"updates_done": done, "rows": rows, "complete": complete}
         write_json(self.folder / "meta.json", self.meta)
 
-    def finish(self):
+    def finish(self) -> None:
         "Close the files. Raises `ValueError` when updates are missing."
         self.close()
         if not self.meta["complete"]:
             done, planned = self.meta["updates_done"], self.meta["updates"]
             raise ValueError(f"{self.folder} has {done} of {planned} updates: append the others")
 
-    def close(self):
+    def close(self) -> None:
         "Close the files; the committed updates stay readable."
         while self.files:
             self.files.popitem()[1].close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 # %% ../nbs/01a_histories.ipynb #a34e71f6
-def check_rows(meta, rows) -> dict:
+def check_rows(meta: dict, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     "The rows of one update in the types on disk. Raises `ValueError` that names a wrong field."
     if meta["complete"]:
         raise ValueError(f"all {meta['updates']} updates are written: start another history")
@@ -245,7 +248,7 @@ _TYPES = {"task": dict, "observation": dict, "action": dict, "streams": int, "up
 _TYPES |= {"steps_per_update": int, "updates_done": int, "rows": int, "complete": bool, "seed": int}
 
 
-def meta_defects(folder) -> list[str]:
+def meta_defects(folder: Path | str) -> list[str]:
     "What keeps `meta.json` from being used, empty when nothing does."
     path = Path(folder) / "meta.json"
     if not path.is_file():
@@ -265,11 +268,11 @@ def meta_defects(folder) -> list[str]:
     return [f"{path} {text}: {_again(meta)}" for text in _contradictions(meta)]
 
 
-def _again(meta) -> str:
+def _again(meta: dict) -> str:
     return f"{'export' if 'exported_from' in meta else 'collect'} the history again"
 
 
-def _contradictions(meta) -> list[str]:
+def _contradictions(meta: dict) -> list[str]:
     wrong = [name for name, kind in _TYPES.items() if not isinstance(meta.get(name), kind)]
     if wrong:
         return [f"lacks {', '.join(wrong)}"]
@@ -290,7 +293,7 @@ def _contradictions(meta) -> list[str]:
 _SOURCE = "updates", "streams", "steps_per_update"  # of the run that was exported
 
 
-def _export_contradictions(meta) -> list[str]:
+def _export_contradictions(meta: dict) -> list[str]:
     every, precision = meta.get("every", 1), meta.get("precision", "float32")
     if not _is_count(every):
         return [f"says every: {every!r}, where a number of updates from 1 on is needed"]
@@ -310,11 +313,11 @@ def _export_contradictions(meta) -> list[str]:
     return []
 
 
-def _is_count(value) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and value >= 1
 
 # %% ../nbs/01a_histories.ipynb #673c64aa
-def array_defects(folder, meta) -> list[str]:
+def array_defects(folder: Path | str, meta: dict) -> list[str]:
     "What keeps the arrays from being mapped, one line for each file."
     defects, again = [], _again(meta)
     for name, (shape, dtype) in row_fields(meta).items():
@@ -333,12 +336,12 @@ def array_defects(folder, meta) -> list[str]:
     return defects
 
 
-def file_defects(folder) -> list[str]:
+def file_defects(folder: Path | str) -> list[str]:
     "What keeps a history from being opened."
     return meta_defects(folder) or array_defects(folder, read_json(Path(folder) / "meta.json"))
 
 # %% ../nbs/01a_histories.ipynb #72265a84
-def open_history(folder) -> History:
+def open_history(folder: Path | str) -> History:
     "Map a history, finished or still growing. Raises `HistoryError` that names the file."
     defects = file_defects(folder)
     if defects:
@@ -350,7 +353,7 @@ def open_history(folder) -> History:
     return History(Path(folder), meta, **arrays)
 
 # %% ../nbs/01a_histories.ipynb #30046cbf
-def value_defects(history) -> list[str]:
+def value_defects(history: History) -> list[str]:
     "Numbers that are none, and update numbers that are not those of the rows."
     defects = []
     for name, (_, dtype) in row_fields(history.meta).items():
@@ -366,7 +369,7 @@ def value_defects(history) -> list[str]:
     return defects
 
 # %% ../nbs/01a_histories.ipynb #294bc3b8
-def action_defects(history) -> list[str]:
+def action_defects(history: History) -> list[str]:
     "Actions outside the space, and executed actions that are not the clipped sampled ones."
     space, names = history.meta["action"], ("action", "executed_action")
     if history.discrete:
@@ -384,11 +387,11 @@ def action_defects(history) -> list[str]:
     return defects
 
 
-def _within(array, low, high) -> bool:
+def _within(array: np.ndarray, low: float, high: float) -> bool:
     return bool(((array >= low) & (array <= high)).all())
 
 # %% ../nbs/01a_histories.ipynb #fb05a130
-def distribution_defects(history) -> list[str]:
+def distribution_defects(history: History) -> list[str]:
     "Log-probabilities that do not sum to 1. Any mean and log standard deviation is a Gaussian."
     if not history.discrete:
         return []
@@ -402,7 +405,7 @@ def distribution_defects(history) -> list[str]:
     return [f"distribution: probabilities do not sum to 1 in {wrong} rows"] if wrong else []
 
 
-def final_defects(history) -> list[str]:
+def final_defects(history: History) -> list[str]:
     "Episodes without a final observation, and final observations without an episode's end."
     done = history.terminated | history.truncated
     present = (history.final_observation != 0).any(-1)
@@ -413,7 +416,7 @@ def final_defects(history) -> list[str]:
     return [text.format(rows.sum()) for text, rows in texts.items() if rows.any()]
 
 # %% ../nbs/01a_histories.ipynb #644921d2
-def validate(folder) -> list[str]:
+def validate(folder: Path | str) -> list[str]:
     "Name every defect of the history in `folder`; an empty list means that there is none."
     defects = file_defects(folder)
     if defects:
@@ -421,7 +424,7 @@ def validate(folder) -> list[str]:
     return [f"{folder}: {defect}" for defect in row_defects(open_history(folder))]
 
 
-def row_defects(history) -> list[str]:
+def row_defects(history: History) -> list[str]:
     "Every defect of the committed rows of an open history."
     checks = value_defects, action_defects, distribution_defects, final_defects
     return [defect for check in checks for defect in check(history)]
@@ -436,7 +439,7 @@ class Episodes(NamedTuple):
     interactions: np.ndarray  # of all streams together, up to that row
 
 
-def episode_returns(history) -> Episodes:
+def episode_returns(history: History) -> Episodes:
     "Returns, lengths, updates and interactions of all finished episodes; `ValueError` for exports."
     if "exported_from" in history.meta:
         raise ValueError(
@@ -454,7 +457,7 @@ def episode_returns(history) -> Episodes:
     return Episodes(*(array[order] for array in (returns, lengths, update, interactions)))
 
 # %% ../nbs/01a_histories.ipynb #c3824fff
-def update_returns(history) -> np.ndarray:
+def update_returns(history: History) -> np.ndarray:
     "Mean return (updates,) of the episodes that end in each update; gaps take the nearest earlier."
     if "returns" in history.meta:  # an export; None, where no episode ever ended, becomes NaN
         return np.array(history.meta["returns"], np.float64)
@@ -469,14 +472,14 @@ def update_returns(history) -> np.ndarray:
     return total[source] / count[source]
 
 # %% ../nbs/01a_histories.ipynb #b59c21fb
-def update_interactions(history) -> np.ndarray:
+def update_interactions(history: History) -> np.ndarray:
     "Interactions (updates,) of the whole run, all streams together, at the end of each update."
     run = history.meta.get("exported_from", history.meta)
     number = np.arange(history.updates) * history.every  # of the PPO update
     return (number + 1) * run["steps_per_update"] * run["streams"]
 
 # %% ../nbs/01a_histories.ipynb #a2c68fc5
-def plot_history(history, ax=None):
+def plot_history(history: History, ax: "Axes | None" = None) -> "Axes":
     "Draw the return of every finished episode, and the mean of each update, against interactions."
     import matplotlib.pyplot as plt
 
@@ -491,7 +494,9 @@ def plot_history(history, ax=None):
     return ax
 
 # %% ../nbs/01a_histories.ipynb #1db2ca00
-def export_meta(history, every=8, steps=64, streams=None) -> dict:
+def export_meta(
+    history: History, every: int = 8, steps: int = 64, streams: int | None = None
+) -> dict:
     """The metadata of an export of every `every`-th update, `steps` steps of the first `streams`.
 
     Raises `HistoryError` for an unfinished history, `ValueError` for sizes that it does not have.
@@ -521,7 +526,7 @@ def export_meta(history, every=8, steps=64, streams=None) -> dict:
     return meta | done | {"exported_from": run, "returns": returns}
 
 # %% ../nbs/01a_histories.ipynb #b1b2e539
-def export_rows(history, name, meta) -> np.ndarray:
+def export_rows(history: History, name: str, meta: dict) -> np.ndarray:
     "Field `name` as in the export `meta`, (streams, rows, ...). `ValueError` beyond float16."
     shape, dtype = row_fields(meta)[name]
     lead = (meta["streams"], history.updates, history.meta["steps_per_update"])
@@ -536,7 +541,13 @@ def export_rows(history, name, meta) -> np.ndarray:
     return rows.astype(dtype).reshape(meta["streams"], meta["rows"], *shape)
 
 # %% ../nbs/01a_histories.ipynb #7133686c
-def export_history(history, folder, every=8, steps=64, streams=None) -> Path:
+def export_history(
+    history: History,
+    folder: Path | str,
+    every: int = 8,
+    steps: int = 64,
+    streams: int | None = None,
+) -> Path:
     """Write the export of a `History` into `folder`, or reuse it; sizes as in `export_meta`.
 
     Raises `HistoryError` where another history is in the way or the rows have defects,
@@ -558,7 +569,7 @@ def export_history(history, folder, every=8, steps=64, streams=None) -> Path:
     return folder
 
 
-def is_exported(folder, meta) -> bool:
+def is_exported(folder: Path | str, meta: dict) -> bool:
     "Whether this very export is complete there. `HistoryError` where another history is."
     path = Path(folder) / "meta.json"
     if not path.exists():
@@ -568,14 +579,21 @@ def is_exported(folder, meta) -> bool:
     return not file_defects(folder)
 
 # %% ../nbs/01a_histories.ipynb #e7bd8b91
-def export_bytes(meta) -> int:
+def export_bytes(meta: dict) -> int:
     "Size of a history on disk: its arrays, with numpy's header of 128 bytes each, and `meta.json`."
     fields, size = row_fields(meta).values(), len(json.dumps(meta, indent=1)) + 1
     row = sum(math.prod(shape) * dtype.itemsize for shape, dtype in fields)
     return size + 128 * len(fields) + meta["streams"] * meta["rows"] * row
 
 # %% ../nbs/01a_histories.ipynb #0d5b6e60
-def export_histories(folder, target, every=8, steps=64, streams=None, limit_mib=48) -> Path:
+def export_histories(
+    folder: Path | str,
+    target: Path | str,
+    every: int = 8,
+    steps: int = 64,
+    streams: int | None = None,
+    limit_mib: float = 48,
+) -> Path:
     """Export all runs of a stage folder into `target`; sizes as in `export_meta`.
 
     Raises `ValueError`, before anything is written, above `limit_mib` MiB (2**20 bytes) in all.

@@ -8,11 +8,13 @@ __all__ = ['SUSPECTS', 'two_agents', 'Switched', 'suspect_lifetimes', 'first_lif
 
 # %% ../nbs/14_long_lifetimes.ipynb #5aea71b6
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from joblib import delayed
 
+from .agent import GLA
 from gla_nb.evaluate import (
     N_BINS,
     Claim,
@@ -28,6 +30,10 @@ from gla_nb.evaluate import (
 from .figure3 import EARLY, LAST, LATE
 from .stages import cpu_threads, run_parallel, stage_folder
 from .train import Experiment, TrainConfig
+from .transformer import Cache
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/14_long_lifetimes.ipynb #41535d69
 def two_agents(row: Experiment) -> dict[str, TrainConfig]:
@@ -38,14 +44,18 @@ def two_agents(row: Experiment) -> dict[str, TrainConfig]:
 class Switched:
     "An agent with one suspect switched off; acts as the agent does in all else."
 
-    def __init__(self, agent, greedy=False, counts=None, fresh=False):
+    def __init__(
+        self, agent: GLA, greedy: bool = False, counts: int | None = None, fresh: bool = False
+    ):
         self.agent, self.about, self.greedy, self.fresh = agent, agent.about, greedy, fresh
         layout = agent.config.layout
         self.layout = replace(layout, normalise=counts) if counts else layout
         self.window, self.new_cache = agent.config.window, agent.new_cache
         self.parameters = agent.parameters  # on the device of the agent
 
-    def step(self, tokens, cache, active=None):
+    def step(
+        self, tokens: torch.Tensor, cache: Cache, active: torch.Tensor | None = None
+    ) -> torch.Tensor:
         "As the agent's: tokens `(B, width)` to means and log_stds `(B, 2 d_a)`."
         if self.fresh:
             full = cache.positions >= self.window
@@ -71,7 +81,7 @@ def suspect_lifetimes(config: MetaTest, name: str) -> Lifetimes:
     folder = stage_folder("meta_tests", f"{config.task}-{name.replace(' ', '-')}", about)
     seeds = config.seed * config.lifetimes + np.arange(config.lifetimes)
 
-    def make():
+    def make() -> Lifetimes:
         with cpu_threads(1):
             agent = Switched(load_actor(config), **SUSPECTS[name])
             return meta_test(config.task, agent, seeds, config.interactions)
@@ -101,7 +111,7 @@ def long_lifetimes(row: Experiment, agents: dict, seed: int) -> dict[str, Lifeti
     return {label: first_lifetimes(each, count) for label, each in zip(calls, found, strict=True)}
 
 # %% ../nbs/14_long_lifetimes.ipynb #92fdcdd0
-def forgetting_claims(gap) -> list[Claim]:
+def forgetting_claims(gap: int | str) -> list[Claim]:
     "Whether the first agent loses reward between windows 2-3 and 9-10, and who is to blame."
     first = "progress_alone"
     ranges = {"effect": "change", "bins": (*EARLY, *LATE), "gap": gap}
@@ -121,7 +131,7 @@ def forgetting_claims(gap) -> list[Claim]:
     return claims
 
 # %% ../nbs/14_long_lifetimes.ipynb #15ca0f9c
-def plot_long_lifetimes(curves: dict[str, Lifetimes], window: int):
+def plot_long_lifetimes(curves: dict[str, Lifetimes], window: int) -> "Figure":
     "Reward of both agents and of the suspects, and action RMS; grey lines: windows. The figure."
     import matplotlib.pyplot as plt
 

@@ -10,13 +10,15 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from .stages import make_folder
 
 # %% ../nbs/00c_notebooks.ipynb #634c42aa
-def check_parameters(notebook, parameters: dict):
+def check_parameters(notebook: Path | str, parameters: dict) -> None:
     "Raise `ValueError` that names a parameter which the notebook does not have."
     import papermill
 
@@ -49,7 +51,7 @@ class ProgressLines:
         self.line, self.time = "", -every  # the last line, and when it was printed
         self.waiting = ""  # an update that is not yet printed
 
-    def take(self, message: dict):
+    def take(self, message: dict) -> None:
         "Show a message of the kernel, now, later or never."
         kind, text = message["msg_type"], shown_text(message)
         if kind == "update_display_data":
@@ -60,12 +62,12 @@ class ProgressLines:
             self.flush()
             self.show(text)
 
-    def flush(self):
+    def flush(self) -> None:
         "Print the update that waits."
         self.show(self.waiting)
         self.waiting = ""
 
-    def show(self, text: str):
+    def show(self, text: str) -> None:
         "Print a text, unless it is empty or says the same again."
         if text and text != self.line:
             print(text, flush=True)
@@ -80,13 +82,15 @@ def terminal_engine() -> str:
     class Client(PapermillNotebookClient):
         lines = ProgressLines()
 
-        def process_message(self, message, *args, **kwargs):
+        def process_message(self, message: dict, *args: Any, **kwargs: Any) -> Any:
             self.lines.take(message)
             return super().process_message(message, *args, **kwargs)
 
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, manager, kernel_name, start_timeout=60, **options):
+        def execute_managed_notebook(
+            cls, manager: Any, kernel_name: str, start_timeout: int = 60, **options: Any
+        ) -> Any:
             client = Client(manager, kernel_name=kernel_name, startup_timeout=start_timeout)
             return client.execute()
 
@@ -94,7 +98,7 @@ def terminal_engine() -> str:
     return "terminal"
 
 # %% ../nbs/00c_notebooks.ipynb #a1ecdf0a
-def run_notebook(notebook, output, parameters: dict | None = None) -> Path:
+def run_notebook(notebook: Path | str, output: Path | str, parameters: dict | None = None) -> Path:
     "Execute `notebook` with `parameters` into `output`, which keeps the cells up to a failure."
     import papermill
 
@@ -112,7 +116,7 @@ def run_notebook(notebook, output, parameters: dict | None = None) -> Path:
     return Path(output)
 
 # %% ../nbs/00c_notebooks.ipynb #fc240b16
-def parameter_value(text: str):
+def parameter_value(text: str) -> Any:
     "`8` -> 8, `0.5` -> 0.5, `True` -> True; other text as it is."
     python = {"True": "true", "False": "false", "None": "null"}
     try:
@@ -121,7 +125,7 @@ def parameter_value(text: str):
         return text
 
 
-def main(arguments=None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     "Run a notebook: 0 when it is done, 1 after an error in it, 2 where parameters are refused."
     from papermill.exceptions import PapermillExecutionError
 

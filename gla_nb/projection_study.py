@@ -7,10 +7,14 @@ __all__ = ['POOLS', 'STEPS', 'LOSSES', 'study_rows', 'study_table', 'study_logs'
 
 # %% ../nbs/13_projection_study.ipynb #4751725e
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from .train import Experiment, TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/13_projection_study.ipynb #4e56b0de
 POOLS = (1, 16, 256, 4096, "endless")
@@ -47,7 +51,7 @@ def study_logs(logs: dict[str, list]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)[["agent", "step", *LOSSES]]
 
 # %% ../nbs/13_projection_study.ipynb #6e050fb2
-def plot_study(logs: dict[str, list]):
+def plot_study(logs: dict[str, list]) -> "Figure":
     "The phase diagram over pools, and the way out of the plateau; returns the figure."
     import matplotlib.pyplot as plt
 

@@ -10,6 +10,7 @@ __all__ = ['ETA', 'LIMIT', 'EPSILON', 'SIZES', 'LAWS', 'ACTION_SCALE', 'PROJECTI
 
 # %% ../nbs/02a_projections.ipynb #decb441c
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ class TokenLayout:
     normalise: int = 0  # causal normalisation: largest count of its statistics; 0: values are raw
     projection: str = ""  # law by which tasks of any size are projected to these sizes; "": none
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "eta", tuple(self.eta))
         unknown = set(self.eta) - set(ETA)
         if unknown:
@@ -85,7 +86,7 @@ class RunningMoments:
         self.cap, self.count = cap, torch.zeros(lifetimes, 1, dtype=torch.float64)
         self.mean, self.variance = torch.zeros(2, lifetimes, size, dtype=torch.float64)
 
-    def add(self, values: torch.Tensor, counted: torch.Tensor):
+    def add(self, values: torch.Tensor, counted: torch.Tensor) -> None:
         "See `values` (B, d) in the lifetimes that are `counted` (B,); the others stay as they are."
         self.count += counted[:, None]
         share = counted[:, None] / self.count.clamp(1, self.cap)
@@ -93,7 +94,7 @@ class RunningMoments:
         self.mean += share * change
         self.variance += share * ((1 - share) * change.square() - self.variance)
 
-    def empty(self, rows: torch.Tensor):
+    def empty(self, rows: torch.Tensor) -> None:
         "Forget everything in the lifetimes `rows` (B,) bool."
         for moments in (self.count, self.mean, self.variance):
             moments[rows] = 0
@@ -116,7 +117,9 @@ def running_mean(values: torch.Tensor, counted: torch.Tensor, cap: int) -> torch
     return (scale * counted[..., None] * values).cumsum(1) / total
 
 # %% ../nbs/02a_projections.ipynb #41201406
-def sequence_moments(values: torch.Tensor, counted: torch.Tensor, cap: int):
+def sequence_moments(
+    values: torch.Tensor, counted: torch.Tensor, cap: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and variance (B, T, d) after each step, as `RunningMoments` has them; `running_mean`."
     values = values.double()
     mean = running_mean(values, counted, cap)
@@ -130,7 +133,7 @@ LIMIT = 5.0  # inputs are clipped to +-5 standard deviations
 EPSILON = 1e-5  # of the root mean square: the least standard deviation; float32 resolves 1e-7
 
 
-def divide(values, scale):
+def divide(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     "`values / scale`, clipped to +-`LIMIT`, float32; 0 where the scale is 0."
     ratio = values / torch.where(scale > 0, scale, 1.0)
     return torch.where(scale > 0, ratio, 0.0).clamp(-LIMIT, LIMIT).float()
@@ -148,7 +151,13 @@ def reward_inputs(reward: torch.Tensor, mean: torch.Tensor, variance: torch.Tens
     return torch.cat([scaled, standardise(reward, mean, variance)], -1)
 
 # %% ../nbs/02a_projections.ipynb #8689ba8e
-def normalise_sequences(layout, observation, previous_observation, reward, first):
+def normalise_sequences(
+    layout: TokenLayout,
+    observation: torch.Tensor,
+    previous_observation: torch.Tensor,
+    reward: torch.Tensor,
+    first: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Observations (B, T, d_o), the previous ones and rewards (B, T) -> (B, T, 2), causally."
     if not layout.normalise:
         return observation, previous_observation, reward
@@ -171,7 +180,14 @@ class Normaliser:
         self.observation = RunningMoments(lifetimes, observation or layout.observation, cap)
         self.reward = RunningMoments(lifetimes, 1, cap)
 
-    def __call__(self, observation, previous_observation, reward, first, active=None):
+    def __call__(
+        self,
+        observation: torch.Tensor,
+        previous_observation: torch.Tensor,
+        reward: torch.Tensor,
+        first: torch.Tensor,
+        active: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "As `normalise_sequences`, without T; lifetimes that are not `active` (B,) see nothing."
         if not self.on:
             return observation, previous_observation, reward
@@ -185,7 +201,7 @@ class Normaliser:
             reward_inputs(reward, self.reward.mean, self.reward.variance),
         )
 
-    def empty(self, rows: torch.Tensor):
+    def empty(self, rows: torch.Tensor) -> None:
         "Forget the statistics of the lifetimes `rows` (B,) bool, as when their context is emptied."
         self.observation.empty(rows)
         self.reward.empty(rows)
@@ -202,7 +218,7 @@ def check_law(law: str) -> str:
     return law
 
 
-def check_projected(layout: TokenLayout):
+def check_projected(layout: TokenLayout) -> None:
     "Raise `ValueError` for a layout that projections cannot fill."
     check_law(layout.projection)
     if layout.discrete:
@@ -214,7 +230,7 @@ def check_projected(layout: TokenLayout):
         )
 
 
-def check_size(law: str, size: int, dimensions: int, what: str):
+def check_size(law: str, size: int, dimensions: int, what: str) -> None:
     "Raise `ValueError` when `dimensions` numbers do not fit into `size` by a law that loses none."
     if dimensions > size and check_law(law) != "gaussian":
         raise ValueError(
@@ -223,7 +239,9 @@ def check_size(law: str, size: int, dimensions: int, what: str):
         )
 
 # %% ../nbs/02a_projections.ipynb #a977cc91
-def random_matrices(law: str, size: int, dimensions: int, generators) -> np.ndarray:
+def random_matrices(
+    law: str, size: int, dimensions: int, generators: Sequence[np.random.Generator]
+) -> np.ndarray:
     "(B, size, dimensions) matrices, float64, one for each generator. Raises `ValueError`."
     check_law(law)
     shape = (size, dimensions)
@@ -241,7 +259,7 @@ def random_matrices(law: str, size: int, dimensions: int, generators) -> np.ndar
     return columns * np.sign(np.diagonal(upper, axis1=1, axis2=2))[:, None]
 
 
-def signed_permutation(shape: tuple[int, int], generator) -> np.ndarray:
+def signed_permutation(shape: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
     "Each of the columns has one entry, 1 or -1, in a row of its own."
     matrix, columns = np.zeros(shape), np.arange(shape[1])
     rows = generator.permutation(shape[0])[: shape[1]]
@@ -275,7 +293,7 @@ class Projections:
         log_std = level + apply(self.inverse, log_std)
         return torch.cat([apply(self.inverse, mean), log_std.clamp(low, high)], -1)
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Projections":
         "The same on another device."
         parts = (self.observation, self.action, self.inverse)
         return Projections(*(part.to(device) for part in parts))
@@ -291,7 +309,13 @@ ACTION_SCALE = 2.0  # of projected actions in the context: small ones are seen, 
 PROJECTION = 2**40  # the use of a seed for projections; no other use begins with this number
 
 
-def draw_projections(law: str, shapes, stream: str, keys, widest=None) -> Projections:
+def draw_projections(
+    law: str,
+    shapes: Sequence[tuple[int, int]] | np.ndarray,
+    stream: str,
+    keys: Sequence[int] | np.ndarray,
+    widest: Sequence[int] | np.ndarray | None = None,
+) -> Projections:
     """A projection for each of B lifetimes of tasks with `shapes` (B, 2): d_o and d_a.
 
     `keys` (B, ...) are whole numbers that name each within its stream. Matrices of smaller tasks

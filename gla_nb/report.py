@@ -11,11 +11,13 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # %% ../nbs/00d_report.ipynb #7ab06c40
-def attempt(call, *args) -> str:
+def attempt(call: Callable, *args: Any) -> str:
     "What `call(*args)` returns, as text; after an error `unknown`, with the error."
     try:
         return str(call(*args))
@@ -99,10 +101,13 @@ VARIABLES = {
     "GLA_NB_QUIET": "no progress displays",
     "IN_TEST": "run notebooks work at the scale smoke",
     "RANK": "number of this process among those of torchrun",
+    "MUJOCO_GL": "how MuJoCo draws",
+    "DISPLAY": "there is a display",
+    "WAYLAND_DISPLAY": "there is a display",
 }
 
 
-def in_home(path) -> str:
+def in_home(path: Path | str) -> str:
     "The path, with `~` for the home folder of this user."
     path = Path(path)
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)

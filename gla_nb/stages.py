@@ -19,9 +19,11 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +40,7 @@ def outputs_folder() -> Path:
 LOG = logging.getLogger("gla_nb")
 
 # %% ../nbs/00b_stages.ipynb #79aeb637
-def storage_error(path, error: OSError) -> OSError:
+def storage_error(path: Path | str, error: OSError) -> OSError:
     "The same error with a text that says what to do; for full disks and folders without access."
     advice = {
         errno.ENOSPC: "no space is left on the device: free some, or set GLA_NB_OUTPUTS",
@@ -51,7 +53,7 @@ def storage_error(path, error: OSError) -> OSError:
     return OSError(error.errno, f"cannot write {path}: {advice}")
 
 # %% ../nbs/00b_stages.ipynb #8d6382fc
-def make_folder(folder) -> Path:
+def make_folder(folder: Path | str) -> Path:
     "Create `folder` and its parents. Raises `OSError` that names it and says what to do."
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def make_folder(folder) -> Path:
 
 # %% ../nbs/00b_stages.ipynb #270ea78a
 @contextmanager
-def whole(path):
+def whole(path: Path | str) -> Iterator[Path]:
     "A temporary path beside `path`, renamed onto it when the block ends without an error."
     path = Path(path)
     make_folder(path.parent)
@@ -76,13 +78,13 @@ def whole(path):
         temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00b_stages.ipynb #c6d4a8bf
-def write_json(path, value):
+def write_json(path: Path | str, value: object) -> None:
     "Write `value` as indented JSON, whole or not at all."
     with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path):
+def read_json(path: Path | str) -> Any:
     "The value in a JSON file. Raises `ValueError` that names a file which is not JSON."
     try:
         return json.loads(Path(path).read_text())
@@ -92,18 +94,18 @@ def read_json(path):
         ) from error
 
 # %% ../nbs/00b_stages.ipynb #7a11507b
-def plain(config) -> dict:
+def plain(config: object) -> dict:
     "A dataclass or dict as JSON-ready plain values."
     return json.loads(json.dumps(asdict(config) if is_dataclass(config) else config))
 
 
-def config_hash(config) -> str:
+def config_hash(config: object) -> str:
     "Ten hexadecimal digits that depend on every field of `config` and on nothing else."
     text = json.dumps(plain(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 # %% ../nbs/00b_stages.ipynb #74b20b77
-def stage_folder(stage: str, name: str, config) -> Path:
+def stage_folder(stage: str, name: str, config: object) -> Path:
     "`outputs/stage/name-hash`, created, with the configuration and the library versions beside it."
     folder = make_folder(outputs_folder() / stage / f"{name}-{config_hash(config)}")
     if not (folder / "config.json").exists():
@@ -111,7 +113,7 @@ def stage_folder(stage: str, name: str, config) -> Path:
     return folder
 
 # %% ../nbs/00b_stages.ipynb #ed0ebe15
-def versions() -> dict:
+def versions() -> dict[str, str]:
     "Versions of Python and of the libraries that a result depends on, by name."
     from gla_nb import __version__
 
@@ -126,7 +128,7 @@ def versions() -> dict:
 
 # %% ../nbs/00b_stages.ipynb #835e9ef6
 @contextmanager
-def locked(folder):
+def locked(folder: Path | str) -> Iterator[None]:
     "Hold the lock of a stage folder; a second process waits here until the first is done."
     try:
         import fcntl
@@ -148,7 +150,7 @@ def locked(folder):
         yield
 
 
-def remove_partial(folder):
+def remove_partial(folder: Path | str) -> None:
     "Remove what `whole` was writing in a folder when its process was killed."
     for path in Path(folder).glob(".*"):
         process = re.fullmatch(r"\..+\.(\d+)(\.\w+)?", path.name)
@@ -196,7 +198,7 @@ class Live:
         kernel = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
         self.notebook = kernel is not None and hasattr(kernel, "kernel")
 
-    def show(self, content, final: bool = False):
+    def show(self, content: object, final: bool = False) -> None:
         "Show a text or a figure; `final` is always shown, others at most once in `every` seconds."
         wait = self.every if self.notebook else 20 * self.every
         quiet = os.environ.get("GLA_NB_QUIET") or getattr(WORK, "quiet", False)
@@ -208,7 +210,7 @@ class Live:
         elif isinstance(content, str):
             print(content, flush=True)
 
-    def _display(self, content):
+    def _display(self, content: object) -> None:
         from IPython.display import Pretty, display
 
         content = Pretty(content) if isinstance(content, str) else content
@@ -235,7 +237,7 @@ def cores() -> int:
     return joblib.cpu_count()
 
 
-def quietly(call, *args, **kwargs):
+def quietly(call: Callable, *args: Any, **kwargs: Any) -> Any:
     "The result of a call that shows no progress of its own."
     WORK.quiet = True
     try:
@@ -244,14 +246,18 @@ def quietly(call, *args, **kwargs):
         WORK.quiet = False
 
 
-def run_parallel(calls: list, jobs: int | None = None, report=None) -> list:
+def run_parallel(
+    calls: Sequence[tuple[Callable, tuple, dict]],
+    jobs: int | None = None,
+    report: Callable[[], str] | None = None,
+) -> list:
     "Results of `joblib.delayed` calls, in order; `report()` gives the text shown while they run."
     from joblib import Parallel
     from joblib.externals.loky import get_reusable_executor
 
     live, stop = Live(), threading.Event()
 
-    def watch():
+    def watch() -> None:
         while not stop.wait(live.every):
             live.show(report())
 
@@ -271,7 +277,7 @@ def run_parallel(calls: list, jobs: int | None = None, report=None) -> list:
 
 # %% ../nbs/00b_stages.ipynb #50e25a1f
 @contextmanager
-def cpu_threads(number: int):
+def cpu_threads(number: int) -> Iterator[None]:
     "Let torch use so many threads within the block, and as many as before after it."
     import torch
 

@@ -21,9 +21,11 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -61,6 +63,11 @@ from gla_nb.stages import (
 )
 from .transformer import GLAConfig, kl, log_probability
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
 # %% ../nbs/03_train.ipynb #1fd76704
 @dataclass(frozen=True)
 class TrainConfig:
@@ -74,7 +81,7 @@ class TrainConfig:
     before: float = 2.0  # gaps before update 0 that a sequence may begin: untrained contexts
     turned: float = 0.0  # share of the sequences that begin in the other direction, paid as in this
     stay: float = 0.0  # share of the sequences that show a run's last policy from their first token
-    objective: str = "both"  # both (the paper), forward, reverse: KL; nll: of the sampled action
+    objective: Literal["both", "forward", "reverse", "nll"] = "both"  # KL; nll: of sampled actions
     probability_floor: float = 1e-3  # of the teacher, Discrete: bounds the reverse KL
     blur: float = 0.05  # Box: standard deviation of noise on both policies when they are compared
     eta: tuple = ()  # conditioning of Equation 1, any of gap, return, position
@@ -97,19 +104,19 @@ class TrainConfig:
     adam_epsilon: float = 1e-9  # small: shortens plateaus (GPICL, Kirsch et al. 2022)
     clip: float = 1.0  # largest norm of the gradient
     threads: int = 1  # on a CPU; another number changes the last bits of a result
-    precision: str = "auto"  # auto, float32, bfloat16; auto: bfloat16 on a GPU or a CPU with AMX
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 on a GPU or with AMX
     held_out: int = 1  # PPO runs, the last ones, kept for the held-out loss
     evaluate_every: int = 25  # steps between two held-out losses; a checkpoint follows each
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_train_config(self)
 
 # %% ../nbs/03_train.ipynb #4907b4ae
 OBJECTIVES = ("both", "forward", "reverse", "nll")
 
 
-def check_gap(gap) -> int | str:
+def check_gap(gap: int | str) -> int | str:
     "A gap as a whole number of PPO updates, or `max`; also from text. Raises `ValueError`."
     if gap == "max" or (isinstance(gap, int) and not isinstance(gap, bool) and gap >= 1):
         return gap
@@ -118,7 +125,7 @@ def check_gap(gap) -> int | str:
     raise ValueError(f"unknown gap {gap!r}: use a whole number of PPO updates from 1, or 'max'")
 
 
-def check_train_config(config: TrainConfig):
+def check_train_config(config: TrainConfig) -> None:
     "Raise `ValueError` for values that could not be trained, naming each."
     for name in ("batch", "steps", "evaluate_every", "threads"):
         if getattr(config, name) < 1:
@@ -216,7 +223,12 @@ ROW_FIELDS = (
 )
 
 
-def token_table(histories: list[History], eta=(), device="cpu", normalise: int = 0) -> TokenTable:
+def token_table(
+    histories: list[History],
+    eta: tuple[str, ...] = (),
+    device: torch.device | str = "cpu",
+    normalise: int = 0,
+) -> TokenTable:
     """Tokens of histories with one number of updates and streams. `ValueError` when these differ.
 
     With Box actions observations and actions may be of several sizes: they are padded with zeros.
@@ -294,7 +306,9 @@ class Plan:
     projection: np.ndarray | None = None  # (B,) number of the projection within its stream
 
 # %% ../nbs/03_train.ipynb #6f6db44c
-def draw_gaps(config: TrainConfig, updates: int, rng, batch: int, every: int = 1):
+def draw_gaps(
+    config: TrainConfig, updates: int, rng: np.random.Generator, batch: int, every: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     "`(gap, is_max)`, each `(batch,)`. Raises `ValueError` for a gap that the histories lack."
     choices = [check_gap(g) for g in (config.gaps or (config.gap,))]
     for gap in choices:
@@ -313,7 +327,13 @@ def draw_gaps(config: TrainConfig, updates: int, rng, batch: int, every: int = 1
     return numbers[pick], numbers[pick] == updates
 
 # %% ../nbs/03_train.ipynb #a6c22dd0
-def chain_updates(config: TrainConfig, returns: np.ndarray, rng, run: np.ndarray, every=1):
+def chain_updates(
+    config: TrainConfig,
+    returns: np.ndarray,
+    rng: np.random.Generator,
+    run: np.ndarray,
+    every: int = 1,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "`(update, target, gap)` of chains: `(B, S)` of the segments, which are targets, and `(B,)`."
     updates = returns.shape[1]
     gap, is_max = draw_gaps(config, updates, rng, len(run), every)
@@ -329,7 +349,7 @@ def chain_updates(config: TrainConfig, returns: np.ndarray, rng, run: np.ndarray
     return np.where(target & is_max[:, None], best[:, None], update), target, gap
 
 # %% ../nbs/03_train.ipynb #174be2f8
-def check_segments(config: TrainConfig, table: TokenTable):
+def check_segments(config: TrainConfig, table: TokenTable) -> None:
     "Raise `ValueError` unless segments of every length fit into every update of every stream."
     begins_last = table.first[table.starts[..., 1:] - 1]  # no segment may end on such a token
     room = (np.diff(table.starts) - begins_last).min()
@@ -340,7 +360,13 @@ def check_segments(config: TrainConfig, table: TokenTable):
         )
 
 
-def place_segments(table: TokenTable, rng, run, update, length):
+def place_segments(
+    table: TokenTable,
+    rng: np.random.Generator,
+    run: np.ndarray,
+    update: np.ndarray,
+    length: np.ndarray,
+) -> np.ndarray:
     "First tokens `(B, S)` of segments of `length` (B,) inside their updates of the runs `(B, S)`."
     stream = rng.integers(table.starts.shape[1], size=update.shape)
     low = table.starts[run, stream, update]
@@ -351,7 +377,14 @@ def place_segments(table: TokenTable, rng, run, update, length):
     return start + np.where(wrong, np.where(start - low < room, 1, -1), 0)
 
 # %% ../nbs/03_train.ipynb #08b0723f
-def turn_round(config: TrainConfig, table: TokenTable, runs, rng, run, length):
+def turn_round(
+    config: TrainConfig,
+    table: TokenTable,
+    runs: Sequence[int] | np.ndarray,
+    rng: np.random.Generator,
+    run: np.ndarray,
+    length: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     "The run of each segment `(B, S)`, and whether it is `turned`. `ValueError` for other tasks."
     segments = np.arange(math.ceil(config.tokens / config.segment_min))
     if not config.turned:
@@ -371,7 +404,14 @@ def turn_round(config: TrainConfig, table: TokenTable, runs, rng, run, length):
     return np.where(turned, partner[:, None], run[:, None]), turned
 
 # %% ../nbs/03_train.ipynb #11e68839
-def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int, one=0.0) -> Plan:
+def plan_batch(
+    config: TrainConfig,
+    table: TokenTable,
+    runs: Sequence[int] | np.ndarray,
+    rng: np.random.Generator,
+    batch: int,
+    one: float = 0.0,
+) -> Plan:
     "Choose tokens of `batch` sequences from `runs`, a share `one` of them with one projection."
     check_segments(config, table)
     run = np.asarray(runs)[rng.integers(len(runs), size=batch)]
@@ -394,7 +434,9 @@ def plan_batch(config: TrainConfig, table: TokenTable, runs, rng, batch: int, on
     )
 
 
-def draw_numbers(config: TrainConfig, rng, batch: int, one: float) -> np.ndarray:
+def draw_numbers(
+    config: TrainConfig, rng: np.random.Generator, batch: int, one: float
+) -> np.ndarray:
     "(batch,) numbers of projections: of the pool, and 0 for a share `one`."
     if not config.projection:
         return np.zeros(batch, int)
@@ -421,7 +463,11 @@ class Batch:
 
 # %% ../nbs/03_train.ipynb #f1c129b7
 def make_batch(
-    config: TrainConfig, table: TokenTable, plan: Plan, eta=None, stream: str = "train"
+    config: TrainConfig,
+    table: TokenTable,
+    plan: Plan,
+    eta: torch.Tensor | None = None,
+    stream: str = "train",
 ) -> Batch:
     "Gather the tokens of a plan; `eta` (B, T, len(layout.eta)), projections from `stream`."
     rows, device = table.rows, table.rows["reward"].device
@@ -464,7 +510,9 @@ def make_batch(
     return Batch(tokens, teacher, action, weight.float(), projections, own)
 
 # %% ../nbs/03_train.ipynb #ec7400c4
-def new_projections(config: TrainConfig, table: TokenTable, plan: Plan, stream: str):
+def new_projections(
+    config: TrainConfig, table: TokenTable, plan: Plan, stream: str
+) -> Projections | None:
     "The `Projections` of the sequences of a plan, or None."
     if not config.projection:
         return None
@@ -490,7 +538,9 @@ def own_dimensions(table: TokenTable, run: np.ndarray) -> torch.Tensor | None:
     return torch.from_numpy(np.tile(own, 2)[:, None])
 
 # %% ../nbs/03_train.ipynb #80ed0911
-def eta_values(config: TrainConfig, table: TokenTable, plan: Plan, rng) -> torch.Tensor | None:
+def eta_values(
+    config: TrainConfig, table: TokenTable, plan: Plan, rng: np.random.Generator
+) -> torch.Tensor | None:
     "`(B, T, len(eta))`, each the value of that token's own policy; `None` without conditioning."
     if not config.eta:
         return None
@@ -511,13 +561,13 @@ def eta_values(config: TrainConfig, table: TokenTable, plan: Plan, rng) -> torch
 def sample_batch(
     config: TrainConfig,
     table: TokenTable,
-    runs,
-    rng,
+    runs: Sequence[int] | np.ndarray,
+    rng: np.random.Generator,
     batch: int,
-    part=slice(None),
+    part: slice = slice(None),
     stream: str = "train",
     one: float = 0.0,
-):
+) -> tuple[Batch, Plan]:
     "`(Batch, Plan)`; `part` keeps some of the sequences, the share of one of several processes."
     plan = plan_batch(config, table, runs, rng, batch, one)
     eta = eta_values(config, table, plan, rng)
@@ -539,7 +589,13 @@ def blurred(params: torch.Tensor, blur: float) -> torch.Tensor:
     return torch.cat([mean, 0.5 * torch.log(torch.exp(2 * log_std) + blur**2)], -1)
 
 
-def divergences(config: TrainConfig, discrete: bool, agent, teacher, action) -> dict:
+def divergences(
+    config: TrainConfig,
+    discrete: bool,
+    agent: torch.Tensor,
+    teacher: torch.Tensor,
+    action: torch.Tensor,
+) -> dict[str, torch.Tensor]:
     "The terms of the objective by name, at each token: parameters `(..., P)` -> `(...)`, in nats."
     if config.objective == "nll":
         return {"nll": -log_probability(agent, action, discrete)}
@@ -555,7 +611,13 @@ def divergences(config: TrainConfig, discrete: bool, agent, teacher, action) -> 
     return terms
 
 
-def divergence(config: TrainConfig, discrete: bool, agent, teacher, action) -> torch.Tensor:
+def divergence(
+    config: TrainConfig,
+    discrete: bool,
+    agent: torch.Tensor,
+    teacher: torch.Tensor,
+    action: torch.Tensor,
+) -> torch.Tensor:
     "The sum of the terms (Equation 1) at each token, `(...)` in nats."
     return sum(divergences(config, discrete, agent, teacher, action).values())
 
@@ -612,7 +674,7 @@ def new_agent(config: TrainConfig, layout: TokenLayout) -> GLA:
     return GLA(shape, seed=seed_number("train", config.seed))
 
 
-def check_shapes(config: TrainConfig, table: TokenTable):
+def check_shapes(config: TrainConfig, table: TokenTable) -> None:
     "Raise `ValueError` for tasks of several shapes where they need one."
     shapes = np.unique(table.shapes, axis=0).tolist()
     if len(shapes) > 1 and not config.projection:
@@ -661,7 +723,7 @@ class Trainer:
         # Known runs and unseen projections: has it learned to learn?
         self.projected = self.validation(self.train_runs, 1) if config.projection else None
 
-    def validation(self, runs, number: int) -> tuple:
+    def validation(self, runs: Sequence[int] | np.ndarray, number: int) -> tuple[Batch, Plan]:
         "A batch of `runs` that stays, as `sample_batch` gives it; its projections are of no pool."
         config, more = replace(self.config, pool="endless"), (number,) * bool(number)
         rng = np.random.default_rng(seed_sequence("validation", config.seed, *more))
@@ -672,7 +734,7 @@ class Trainer:
         "The model itself, without the wrapper of several processes."
         return self.accelerator.unwrap_model(self.model)
 
-    def terms(self, batch: Batch) -> dict:
+    def terms(self, batch: Batch) -> dict[str, torch.Tensor]:
         "The terms of the objective at each token, (B, T), by name."
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             output = self.model(batch.tokens).float()
@@ -700,7 +762,7 @@ def new_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Ad
     )
 
 
-def train_step(trainer: Trainer):
+def train_step(trainer: Trainer) -> None:
     "One optimiser step on the batch of `(seed, step)`, shared among the processes."
     config, accelerator = trainer.config, trainer.accelerator
     rng = np.random.default_rng(seed_sequence("train", config.seed, BATCH, trainer.step))
@@ -755,7 +817,7 @@ def unseen_projections(trainer: Trainer) -> dict:
     return {"unseen": losses["held_out"], "unseen_head": losses["held_out_head"]}
 
 # %% ../nbs/03_train.ipynb #66474d26
-def save_checkpoint(trainer: Trainer):
+def save_checkpoint(trainer: Trainer) -> None:
     "Write weights, optimiser, step and log to `checkpoint.safetensors`, whole or not at all."
     tensors = {f"model.{name}": value for name, value in trainer.agent.state_dict().items()}
     for number, state in trainer.optimizer.state_dict()["state"].items():
@@ -767,7 +829,7 @@ def save_checkpoint(trainer: Trainer):
         temporary.write_bytes(save(tensors, metadata={"state": json.dumps(state)}))
 
 
-def read_checkpoint(path) -> tuple[dict, dict]:
+def read_checkpoint(path: Path | str) -> tuple[dict[str, torch.Tensor], dict]:
     "Tensors by name, and the state, of a checkpoint. Raises `ValueError` that names a broken file."
     try:
         with safe_open(path, framework="pt") as file:
@@ -806,7 +868,7 @@ def load_checkpoint(trainer: Trainer) -> bool:
     return True
 
 # %% ../nbs/03_train.ipynb #1ae7644c
-def plot_losses(log: list[dict], ax=None):
+def plot_losses(log: list[dict], ax: "Axes | None" = None) -> "Axes":
     "Training loss, held-out loss and its segment heads against the step; returns the axes."
     import matplotlib.pyplot as plt
 
@@ -820,14 +882,14 @@ def plot_losses(log: list[dict], ax=None):
     return ax
 
 # %% ../nbs/03_train.ipynb #205a8660
-def checkpoint_folder(config: TrainConfig, histories) -> Path:
+def checkpoint_folder(config: TrainConfig, histories: Path | str | Sequence[Path | str]) -> Path:
     "The folder of the agent that `config` trains on the histories in one or several folders."
     names = [Path(folder).name for folder in history_folders(histories)]
     name = "+".join(name.rsplit("-", 1)[0] for name in names) + f"-gap-{config.gap}"
     return stage_folder("checkpoints", name, {"train": plain(config), "on": names})
 
 
-def history_folders(histories) -> list:
+def history_folders(histories: Path | str | Sequence[Path | str]) -> list[Path | str]:
     "One folder of learning histories, or one for each task, as a list."
     return list(histories) if isinstance(histories, list | tuple) else [histories]
 
@@ -839,7 +901,9 @@ def agent_card(trainer: Trainer) -> dict:
     return {"gap": config.gap, "tasks": trainer.tasks, "train": plain(config), "losses": final}
 
 # %% ../nbs/03_train.ipynb #92c0de3e
-def train(config: TrainConfig, histories, live: bool = True) -> Path:
+def train(
+    config: TrainConfig, histories: Path | str | Sequence[Path | str], live: bool = True
+) -> Path:
     "Train on the histories in a folder, or one for each task, or reuse; returns the agent's."
     folder = checkpoint_folder(config, histories)
     main = int(os.environ.get("RANK", 0)) == 0  # one of several processes holds the lock
@@ -857,7 +921,7 @@ def train(config: TrainConfig, histories, live: bool = True) -> Path:
     return folder / "agent"
 
 # %% ../nbs/03_train.ipynb #42c74087
-def train_loop(trainer: Trainer, live: bool = True):
+def train_loop(trainer: Trainer, live: bool = True) -> None:
     "Steps up to the last one; every `evaluate_every` of them a log row and a checkpoint."
     config, main = trainer.config, trainer.accelerator.is_main_process
     show, began, first = Live(), time.monotonic(), trainer.step
@@ -874,14 +938,14 @@ def train_loop(trainer: Trainer, live: bool = True):
                     show.show(loss_figure(trainer), final=trainer.step == config.steps)
 
 # %% ../nbs/03_train.ipynb #b34cb6ad
-def tensorboard_writer(trainer: Trainer):
+def tensorboard_writer(trainer: Trainer) -> "SummaryWriter":
     "A TensorBoard writer in the folder of the checkpoint; rows after the checkpoint are dropped."
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(trainer.folder / "tensorboard", purge_step=trainer.step)
 
 
-def report(trainer: Trainer, writer, seconds_per_step: float):
+def report(trainer: Trainer, writer: "SummaryWriter", seconds_per_step: float) -> None:
     "Send the last row of the log to TensorBoard and to `progress.json`, which a parent may show."
     row = trainer.log[-1]
     for name in ("train", "held_out", "held_out_head"):
@@ -892,7 +956,7 @@ def report(trainer: Trainer, writer, seconds_per_step: float):
     write_json(trainer.folder / "progress.json", progress)
 
 # %% ../nbs/03_train.ipynb #361933af
-def loss_figure(trainer: Trainer):
+def loss_figure(trainer: Trainer) -> "Figure":
     "The losses so far, for the live display."
     import matplotlib.pyplot as plt
 
@@ -903,12 +967,14 @@ def loss_figure(trainer: Trainer):
     return fig
 
 
-def read_log(agent_folder) -> list[dict]:
+def read_log(agent_folder: Path | str) -> list[dict]:
     "The rows of the log of a trained agent, from its checkpoint."
     return read_checkpoint(Path(agent_folder).parent / "checkpoint.safetensors")[1]["log"]
 
 # %% ../nbs/03_train.ipynb #00ef92ad
-def train_all(configs: list[TrainConfig], histories, jobs: int | None = None) -> list[Path]:
+def train_all(
+    configs: list[TrainConfig], histories: Path | str | tuple | list, jobs: int | None = None
+) -> list[Path]:
     """Train, or reuse, an agent for each configuration; returns their folders in the same order.
 
     A list of `histories` has those of each configuration, as `train` takes them. `ValueError`.
@@ -1035,7 +1101,7 @@ ANT_PAPER = replace(
 BOTH_WAYS = ("ant", "ant_backward")  # Ant-v4 is the forward task to the last bit
 
 
-def both_ways(row: Experiment, gap: int, **changes) -> Experiment:
+def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
     """The same in two directions, with a gap that leaps from standing to running.
 
     By the forward KL alone an agent that cannot tell the direction yet acts with wide noise, and
@@ -1045,7 +1111,7 @@ def both_ways(row: Experiment, gap: int, **changes) -> Experiment:
     return replace(row, tasks=BOTH_WAYS, train=train, gaps=(gap,))
 
 
-def projected(row: Experiment, **changes) -> Experiment:
+def projected(row: Experiment, **changes: Any) -> Experiment:
     "The same with a fresh projection for each sequence, and heads that copy behaviour in any."
     train = replace(row.train, projection="orthonormal", matching=4, **changes)
     return replace(row, train=train, gaps=(row.train.gap,))
@@ -1098,7 +1164,9 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 # %% ../nbs/03_train.ipynb #bddd2616
-def find_experiment(name: str, scale: str = "cpu", seed: int = 0, gap=None) -> Experiment:
+def find_experiment(
+    name: str, scale: str = "cpu", seed: int = 0, gap: int | str | None = None
+) -> Experiment:
     "A row of the table with its seed, and if given its gap, replaced. Raises `ValueError`."
     names, scales = (sorted({key[i] for key in EXPERIMENTS}) for i in range(2))
     if name not in names:
@@ -1124,7 +1192,7 @@ def made_by(row: Experiment) -> dict:
     return {"train": plain(row.train), "collect": plain(row.collect), "collected": tasks}
 
 
-def ship_agent(agent_folder, name: str, row: Experiment, told: dict) -> Path:
+def ship_agent(agent_folder: Path | str, name: str, row: Experiment, told: dict) -> Path:
     """Copy the trained agent of an experiment to `outputs/agents/name`; returns its folder.
 
     Its card also says what is `told`: results, limits, command. Its weights are rounded to

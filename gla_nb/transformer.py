@@ -34,7 +34,7 @@ class GLAConfig:
     log_std_max: float = 2.0
     rope_base: float = 10_000.0  # longest wavelength of the rotations is 2 pi times this, in tokens
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "window", "mlp_ratio"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -110,17 +110,21 @@ class Block(nn.Module):
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def project(self, x, rotation):
+    def project(
+        self, x: torch.Tensor, rotation: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Queries, keys, values `(..., heads, head_dim)`; rotation `(..., 1, 1, head_dim / 2)`."
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, self.shape)
         turning, values = qkv.split((2, 1), -3)
         return (*rotate(turning, rotation).unbind(-3), values.squeeze(-3))
 
-    def mlp(self, x):
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
         "`x (..., width)` plus its MLP."
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
-    def forward(self, x, rotation, mask):
+    def forward(
+        self, x: torch.Tensor, rotation: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         "`x (B, T, width)`; mask `(T, T)`, or None for plain causal attention."
         q, k, v = (part.transpose(1, 2) for part in self.project(x, rotation))  # (B, H, T, D)
         # CPUs are slower at attention in bfloat16 than in float32; GPUs keep their autocast here.
@@ -129,7 +133,15 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v.to(q), attn_mask=mask, is_causal=causal)
         return self.mlp(x + self.out(y.transpose(1, 2).flatten(-2)))
 
-    def step(self, x, rotation, keys, values, slots, hidden):
+    def step(
+        self,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> torch.Tensor:
         "`x (B, width)`; `slots (B,)` of `keys` and `values (B, H, S, D)` take the new token."
         q, k, v = self.project(x, rotation)  # (B, H, D)
         rows = torch.arange(len(x), device=x.device)
@@ -151,7 +163,7 @@ class Cache:
     positions: torch.Tensor  # (B,) int64, tokens that each lifetime has read since it was emptied
     matching: tuple = ()  # keys (B, matching, window, 81) and values (B, matching, window, 16)
 
-    def empty(self, rows: torch.Tensor | None = None):
+    def empty(self, rows: torch.Tensor | None = None) -> None:
         "Forget everything for `rows`, boolean `(B,)` or indices; for all lifetimes if None."
         rows = slice(None) if rows is None else rows
         self.keys[:, rows] = 0.0
@@ -174,7 +186,7 @@ class Cache:
         return most, hidden.masked_fill_(unfilled, -torch.inf)[:, None, None]  # (B, 1, 1, slots)
 
 # %% ../nbs/02b_transformer.ipynb #3d887c3a
-def empty_cache(config: GLAConfig, lifetimes: int, device="cpu") -> Cache:
+def empty_cache(config: GLAConfig, lifetimes: int, device: torch.device | str = "cpu") -> Cache:
     "A cache in which no lifetime has read anything; its memory is taken once and for all."
     shape = (config.layers, lifetimes, config.heads, config.window, config.head_dim)
     keys, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
@@ -183,11 +195,11 @@ def empty_cache(config: GLAConfig, lifetimes: int, device="cpu") -> Cache:
     matching = tuple(torch.zeros(*own, size, device=device) for size in sizes)
     return Cache(keys, values, torch.zeros(lifetimes, dtype=torch.long, device=device), matching)
 
-# %% ../nbs/02b_transformer.ipynb #9cbbb8af
+# %% ../nbs/02b_transformer.ipynb #9f3c1871
 LEARNED = 16  # size of the learned part of a query and a key
 MATCHED_SIZE = SIZES[0] + 1 + LEARNED  # an observation, its square, and the learned part
 
-
+# %% ../nbs/02b_transformer.ipynb #9cbbb8af
 class Matching(nn.Module):
     "Heads that add actions of similar observations to the mean of a projected policy."
 
@@ -200,23 +212,26 @@ class Matching(nn.Module):
         spread = torch.linspace(-4, -1, heads) if heads > 1 else torch.full((1,), -2.5)
         self.sharpness = nn.Parameter(spread)
 
-    def project(self, x, tokens):
+    def project(
+        self, x: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         "Queries and keys `(..., heads, 81)`, values `(..., heads, 16)`, and gates `(..., heads)`."
         now, before = tokens[..., : SIZES[0]], tokens[..., SIZES[0] : 2 * SIZES[0]]
         action = tokens[..., 2 * SIZES[0] : 2 * SIZES[0] + SIZES[1]]
         query, key = self.look(x).float().unflatten(-1, (2, -1, LEARNED)).unbind(-3)
         out, value = self.gates(x).float().chunk(2, -1)
-        scale = self.sharpness.exp()[:, None]
         one = torch.ones_like(now[..., :1])
         square = -0.5 * before.square().sum(-1, keepdim=True)
-        seen = scale * torch.cat([now, one], -1)[..., None, :]
+        seen = self.sharpness.exp()[:, None] * torch.cat([now, one], -1)[..., None, :]
         past = torch.cat([before, square], -1)[..., None, :].expand(*seen.shape)
         query = torch.cat([seen, query * LEARNED**-0.5], -1)
         values = (1 + value)[..., None] * action[..., None, :]
         mean = 1 / (ACTION_SCALE * out.shape[-1])  # at first the heads average what they copy
         return query, torch.cat([past, key], -1), values, out + mean
 
-    def forward(self, x, tokens, mask):
+    def forward(
+        self, x: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         "`x (B, T, width)` and its tokens to `(B, T, 16)`."
         *parts, out = self.project(x, tokens)
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, H, T, D)
@@ -227,7 +242,15 @@ class Matching(nn.Module):
             )
         return (y.transpose(1, 2) * out[..., None]).sum(-2)
 
-    def step(self, x, tokens, keys, values, slots, hidden):
+    def step(
+        self,
+        x: torch.Tensor,
+        tokens: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> torch.Tensor:
         "`x (B, width)`; `slots (B,)` of `keys (B, H, S, 81)` and `values` take the new token."
         q, k, v, out = self.project(x, tokens)
         rows = torch.arange(len(x), device=x.device)
@@ -238,7 +261,7 @@ class Matching(nn.Module):
         return ((scores.softmax(-1) @ values).squeeze(2) * out[..., None]).sum(-2)
 
 # %% ../nbs/02b_transformer.ipynb #ed82e854
-def initialise(network: nn.Module, seed: int):
+def initialise(network: nn.Module, seed: int) -> None:
     "Normal weights of variance 1 / inputs, less in residual layers and the head; biases are zero."
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
@@ -253,7 +276,7 @@ def initialise(network: nn.Module, seed: int):
             nn.init.normal_(parameter, std=std, generator=generator)
 
 # %% ../nbs/02b_transformer.ipynb #313a98b5
-def check_tokens(tokens, expected):
+def check_tokens(tokens: torch.Tensor, expected: tuple[int | str, ...]) -> None:
     "Raise `ValueError` unless `tokens` has the `expected` shape; a letter stands for any size."
     fits = tokens.ndim == len(expected) and all(
         isinstance(size, str) or size == got
@@ -298,7 +321,9 @@ class Decoder(nn.Module):
         return self.matched(outputs, self.matching(x, tokens, mask)) if self.matching else outputs
 
     @torch.inference_mode()
-    def step(self, tokens, cache: Cache, active: torch.Tensor | None = None) -> torch.Tensor:
+    def step(
+        self, tokens: torch.Tensor, cache: Cache, active: torch.Tensor | None = None
+    ) -> torch.Tensor:
         "`(B, layout.width)` to `(B, outputs)`, one token each; rows not `active` read nothing."
         check_tokens(tokens, (len(cache.positions), self.config.layout.width))
         x, rotation = self.embed(tokens), self.rotation(cache.positions)
@@ -315,11 +340,11 @@ class Decoder(nn.Module):
         cache.positions += 1 if active is None else active
         return outputs
 
-    def matched(self, outputs, action):
+    def matched(self, outputs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         "Outputs `(..., 33)` with `action (..., 16)` added to their means."
         return torch.cat([outputs[..., : SIZES[1]] + action, outputs[..., SIZES[1] :]], -1)
 
-    def rotation(self, positions):
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
         "Rotations of the positions `(...)`, for blocks: `(..., 1, 1, head_dim / 2)`."
         turns = rotations(positions, self.config.head_dim, self.config.rope_base)
         return turns[..., None, None, :]
@@ -329,7 +354,7 @@ class Decoder(nn.Module):
         return empty_cache(self.config, lifetimes, self.head.weight.device)
 
 # %% ../nbs/02b_transformer.ipynb #4e13e9cc
-def log_probability(params, action, discrete: bool):
+def log_probability(params: torch.Tensor, action: torch.Tensor, discrete: bool) -> torch.Tensor:
     "Log-probability `(...)` of `action`: integers `(...)`, or `(..., d_a)` for a Gaussian."
     if discrete:
         log_probabilities = params.log_softmax(-1)
@@ -339,7 +364,7 @@ def log_probability(params, action, discrete: bool):
     return -(0.5 * scaled.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def entropy(params, discrete: bool):
+def entropy(params: torch.Tensor, discrete: bool) -> torch.Tensor:
     "Entropy `(...)` in nats; differential for a Gaussian."
     if discrete:
         log_probabilities = params.log_softmax(-1)
@@ -347,7 +372,7 @@ def entropy(params, discrete: bool):
     return (params.chunk(2, -1)[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 # %% ../nbs/02b_transformer.ipynb #b7c1d510
-def sample(params, noise, discrete: bool):
+def sample(params: torch.Tensor, noise: torch.Tensor, discrete: bool) -> torch.Tensor:
     "Actions from uniform noise `(...)` in [0, 1), or from standard normal noise `(..., d_a)`."
     if not discrete:
         mean, log_std = params.chunk(2, -1)
@@ -359,7 +384,7 @@ def sample(params, noise, discrete: bool):
     return (below_one[..., None] >= cumulative).sum(-1)
 
 # %% ../nbs/02b_transformer.ipynb #b6b9ce6b
-def kl(params_p, params_q, discrete: bool):
+def kl(params_p: torch.Tensor, params_q: torch.Tensor, discrete: bool) -> torch.Tensor:
     "`KL(p || q) (...)` in nats of two distributions with parameters `(..., outputs)` (Equation 1)."
     if discrete:
         log_p, log_q = params_p.log_softmax(-1), params_q.log_softmax(-1)

@@ -18,7 +18,7 @@ from gla_nb.train import TrainConfig, train
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "gla_nb").glob("*.py"))
 # Commands, whose output is what they print, and the display of progress.
-PRINTING = {"__main__": {""}, "notebooks": {"show", "main"}, "stages": {"show"}}
+PRINTING = {"__main__": {""}, "films": {"main"}, "notebooks": {"show", "main"}, "stages": {"show"}}
 
 
 def printing_functions(path):

@@ -284,6 +284,39 @@ def test_the_terminal_shows_progress_and_no_noise(figure):
     assert len(lines) < 100
 
 
+# -- an environment of one's own -----------------------------------------------------------------
+
+
+def test_the_tutorial_of_an_environment_runs_from_beginning_to_end(place):
+    outputs = place / "own"
+    code, printed = papermill(place, "31_your_environment", "own.ipynb", *SMOKE, outputs=outputs)
+    assert code == 0, printed
+    kinds = {path.name.rsplit("-", 1)[0] for path in (outputs / "histories").iterdir()}
+    assert kinds == {"point 0", "point 180", "Pendulum-v1", "dm_control-reacher-easy-v0"}
+    assert len(list(outputs.glob("checkpoints/*/agent/model.safetensors"))) == 2
+    document = nbformat.read(place / "own.ipynb", as_version=4)
+    shown = [o for cell in document.cells for o in cell.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in shown) >= 5
+    (cell,) = [c for c in document.cells if "google.colab" in c.source and c.cell_type == "code"]
+    assert not cell.outputs and "constraints.txt" in cell.source
+
+
+OTHERS = ("unseen, rewards hidden", "random")
+
+
+def test_the_committed_tutorial_shows_what_it_says():
+    "In unseen goals the return rises, and does not where rewards are hidden."
+    document = nbformat.read(ROOT / "nbs" / "31_your_environment.ipynb", as_version=4)
+    shown = [o for cell in document.cells for o in cell.get("outputs", [])]
+    (table,) = [o.data["text/plain"] for o in shown if "gained more than 1" in str(o.get("data"))]
+    rows = re.findall(r"^\d+ +(.+?) +([\d.]+) +([\d.]+) +\d+ of \d+$", table, re.M)
+    first, last = ({row[0]: float(row[i]) for row in rows} for i in (1, 2))
+    assert set(last) == {"goals of the training", "unseen goals", *OTHERS}
+    assert last["unseen goals"] > first["unseen goals"] + 8
+    for other in OTHERS:
+        assert last[other] < first[other] + 2 and last["unseen goals"] > last[other] + 8
+
+
 # -- mistakes ----------------------------------------------------------------------------------
 
 MISTAKES = {  # command, notebook, parameters, and what must be said

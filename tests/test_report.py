@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BARE = (sys.executable, "-S")
 
 
-def report(folder, *python, path=(), **variables):
+def report(folder, *python, path=(ROOT,), **variables):
     "The printed report by the names of its lines; run by an interpreter from another folder."
-    variables["PYTHONPATH"] = os.pathsep.join(map(str, [*path, ROOT]))
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, path))
     done = subprocess.run(
         [*(python or [sys.executable]), "-m", "gla_nb"],
         cwd=folder,
@@ -80,19 +81,26 @@ def test_under_five_seconds_of_processor_time(tmp_path):
     assert 0.1 < after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
-def test_a_report_of_an_installation_that_lacks_everything(tmp_path):
-    lines = report(tmp_path, *BARE)
+@pytest.fixture
+def alone(tmp_path):
+    "The package without its metadata, which an editable installation leaves beside it."
+    copied = shutil.copytree(ROOT / "gla_nb", tmp_path / "alone" / "gla_nb")
+    return copied.parent
+
+
+def test_a_report_of_an_installation_that_lacks_everything(tmp_path, alone):
+    lines = report(tmp_path, *BARE, path=[alone])
     assert lines["gla_nb"] == gla_nb.__version__
     assert "torch" in lines["devices"] and lines["devices"].startswith("unknown (ModuleNotFound")
     assert "PackageNotFoundError" in lines["needs"]
 
 
-def test_missing_packages_are_missing(tmp_path):
+def test_missing_packages_are_missing(tmp_path, alone):
     about = tmp_path / "gla_nb-0.1.0.dist-info"
     about.mkdir()
     text = "Metadata-Version: 2.1\nName: gla_nb\nVersion: 0.1.0\nRequires-Dist: torch<2.14\n"
     (about / "METADATA").write_text(text + "Requires-Dist: ruff; extra == 'dev'\n")
-    lines = report(tmp_path, *BARE, path=[tmp_path])
+    lines = report(tmp_path, *BARE, path=[tmp_path, alone])
     assert lines["torch"] == "missing (<2.14)"
     assert lines["ruff"] == "missing"
 
