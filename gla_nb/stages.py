@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG', 'STREAMS', 'WORK', 'ALONE', 'outputs_folder', 'storage_error', 'make_folder', 'whole', 'write_json',
            'read_json', 'plain', 'config_hash', 'stage_folder', 'versions', 'locked', 'remove_partial', 'is_running',
-           'seed_sequence', 'seed_number', 'Live', 'duration', 'check_sendable', 'cores', 'work_for', 'run_parallel',
+           'seed_sequence', 'seed_number', 'Live', 'duration', 'cores', 'check_sendable', 'work_for', 'run_parallel',
            'cpu_threads']
 
 # %% ../nbs/00b_stages.ipynb #9aeb9667
@@ -230,6 +230,13 @@ def duration(seconds: float) -> str:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
+# %% ../nbs/00b_stages.ipynb #788948b7
+def cores() -> int:
+    "Processor cores this process may use."
+    import joblib
+
+    return joblib.cpu_count()
+
 # %% ../nbs/00b_stages.ipynb #91040684
 def check_sendable(calls: list):
     "Raise `PicklingError` for calls that no other process can be sent; Dask would wait for ever."
@@ -242,14 +249,7 @@ def check_sendable(calls: list):
     except Exception as error:
         raise PicklingError(str(error)) from error
 
-# %% ../nbs/00b_stages.ipynb #0e7456c1
-def cores() -> int:
-    "Processor cores this process may use."
-    import joblib
-
-    return joblib.cpu_count()
-
-
+# %% ../nbs/00b_stages.ipynb #bafe8589
 ALONE = threading.Lock()  # PPO seeds the generators of its process: threads take turns
 
 
@@ -266,7 +266,7 @@ def work_for(outputs: str, call, *args, **kwargs):
             if before is not None:
                 os.environ["GLA_NB_OUTPUTS"] = before
 
-
+# %% ../nbs/00b_stages.ipynb #0e7456c1
 def run_parallel(calls: list, jobs: int | None = None, report=None) -> list:
     """Results of `joblib.delayed` calls, in order; `report()` gives the text shown while they run.
 
