@@ -103,9 +103,9 @@ def test_the_script_for_torchrun_trains_one_agent_in_two_processes(tmp_path):
     environment = os.environ | {"GLA_NB_OUTPUTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    folders = done.stdout.split()
-    assert folders == [str(path) for path in tmp_path.glob("checkpoints/*/agent")] * 2
-    assert GLA.from_pretrained(folders[0]).about["gap"] == 4
+    (agent,) = tmp_path.glob("checkpoints/*/agent")
+    assert done.stdout.count(str(agent)) == 2  # torchrun does not buffer: lines may mix
+    assert GLA.from_pretrained(agent).about["gap"] == 4
 
 
 # -- messages ------------------------------------------------------------------------------------
