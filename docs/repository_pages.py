@@ -32,7 +32,7 @@ ADDRESS, VERSION = SETTINGS["git_url"], SETTINGS["version"]
 
 # First number of a notebook and the caption of its group, in the order of the sidebar.
 GROUPS = {"3": "Tutorials", "0": "Components", "1": "Figures", "2": "Benchmarks"}
-FIRST = ("figures", "extending", "history_format", "environments", "troubleshooting")
+FIRST = ("figures", "extending", "scaling", "history_format", "environments", "troubleshooting")
 
 
 def notebooks(root: Path = ROOT) -> dict[str, list[Path]]:

@@ -41,6 +41,7 @@ from gla_nb.stages import (
     locked,
     plain,
     read_json,
+    SendError,
     run_parallel,
     seed_sequence,
     stage_folder,
@@ -410,9 +411,7 @@ def run_missing(runs: list[tuple], jobs: int | None, report: Callable[[], str]) 
     calls = [delayed(registering(config.task, collect_run))(config, *to) for config, *to in runs]
     try:
         run_parallel(calls, jobs, report)
-    except Exception as error:
-        if type(error).__name__ != "PicklingError":
-            raise
+    except SendError as error:
         names = ", ".join({config.task.name: 0 for config, *_ in runs})
         raise TaskError(
             f"environment {names} cannot be sent to another process ({error}): pass a function "

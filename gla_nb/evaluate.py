@@ -15,7 +15,7 @@ __all__ = ['CONTEXT_FREE', 'Feedback', 'Memory', 'FEEDBACK', 'MEMORY', 'CURVE', 
            'claim_row', 'claim_values', 'pool', 'claim_rows', 'claims_table', 'update_claims', 'figure_tables',
            'write_figure', 'summary', 'draw_means', 'plot_returns', 'bin_curve', 'plot_bins', 'in_turns',
            'ppo_lifetimes', 'saved_meta_test', 'kept_error', 'MetaTest', 'eta_pairs', 'weights_hash', 'load_actor',
-           'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'run_meta_tests', 'has_box_actions']
+           'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'found_anywhere', 'run_meta_tests', 'has_box_actions']
 
 # %% ../nbs/04_evaluate.ipynb #00078d47
 import hashlib
@@ -1191,8 +1191,14 @@ def make_lifetimes(config: MetaTest) -> Lifetimes:
     return replace(lifetimes, gap=source.gap) if config.matched else lifetimes
 
 # %% ../nbs/04_evaluate.ipynb #ee5bc99b
+def found_anywhere(agent: str) -> str:
+    "A word of `CONTEXT_FREE`, or the whole path of a folder, which any working folder can use."
+    return agent if agent in CONTEXT_FREE else str(Path(agent).resolve())
+
+
 def run_meta_tests(configs: list[MetaTest], jobs: int | None = None) -> list[Lifetimes]:
     "The lifetimes of several curves, one process and core each."
+    configs = [replace(config, agent=found_anywhere(config.agent)) for config in configs]
     folders = [meta_test_folder(config) for config in configs]
 
     def report() -> str:

@@ -653,7 +653,9 @@ class BulkPhysics(gym.vector.VectorEnv):
         self.qpos, self.qvel, self.xpos, self.ctrl = bound  # (number, ...), always current
         self.before = np.array(self.place(self.qpos, self.xpos))
         self.steps = np.full(number, -1)  # of the episode; -1 before the first one
-        self.generators: list[Any] = [None] * number  # each environment draws its resets from its own
+        self.generators: list[Any] = [
+            None
+        ] * number  # each environment draws its resets from its own
         self.observation = np.zeros(self.observation_space.shape, np.float32)
 
     def place(self, qpos: np.ndarray, xpos: np.ndarray) -> np.ndarray:

@@ -996,6 +996,7 @@ def train_all(
     each = histories if isinstance(histories, list) else [histories] * len(configs)
     if len(each) != len(configs):
         raise ValueError(f"{len(each)} histories for {len(configs)} configurations: give one each")
+    each = [[Path(f).resolve() for f in history_folders(one)] for one in each]  # for any worker
     folders = [checkpoint_folder(*pair) for pair in zip(configs, each, strict=True)]
     jobs = 1 if torch.cuda.is_available() else jobs
     calls = [delayed(train)(*pair, False) for pair in zip(configs, each, strict=True)]

@@ -52,7 +52,7 @@ EXAMPLES = [path for path in GUIDES if "```python" in path.read_text(encoding="u
 
 
 def test_there_are_examples():
-    assert {path.stem for path in EXAMPLES} >= {"extending", "history_format"}
+    assert {path.stem for path in EXAMPLES} >= {"extending", "history_format", "scaling"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -92,6 +92,20 @@ def test_a_model_of_ones_own_acts_as_it_is_trained():
     assert (cache.hidden[1] == before[1]).all() and (cache.hidden[0] != before[0]).any()
     cache.empty(active)
     assert not cache.hidden[0].any() and cache.hidden[1].any()
+
+
+def test_the_script_for_torchrun_trains_one_agent_in_two_processes(tmp_path):
+    script = next(b for b in fenced(guide("scaling"), "python") if "print(train(" in b)
+    (tmp_path / "train_grid.py").write_text(script)
+    assert "torchrun --nproc_per_node 4 train_grid.py" in guide("scaling")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "train_grid.py"]
+    environment = os.environ | {"GLA_NB_OUTPUTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (agent,) = tmp_path.glob("checkpoints/*/agent")
+    assert done.stdout.count(str(agent)) == 2  # torchrun does not buffer: lines may mix
+    assert GLA.from_pretrained(agent).about["gap"] == 4
 
 
 # -- messages ------------------------------------------------------------------------------------
