@@ -37,11 +37,11 @@ from gla_nb.histories import (
 )
 from gla_nb.stages import (
     LOG,
+    SendError,
     duration,
     locked,
     plain,
     read_json,
-    SendError,
     run_parallel,
     seed_sequence,
     stage_folder,
