@@ -93,15 +93,14 @@ class InContext(Remembering):
         self, observation: np.ndarray, noise: np.ndarray, active: torch.Tensor | None = None
     ) -> np.ndarray:
         "Actions `(L,)` or `(L, d_a)` from the agent's distributions; of use where `active` (L,)."
-        outputs = self._step(observation, self.first, active)
+        outputs = self._step(observation, self.first, active).cpu()  # the one wait for a GPU
         if not torch.isfinite(outputs).all():
             raise ValueError(f"outputs of the agent are not finite at interaction {self.steps}")
         if self.projections:
             config = self.agent.config  # type: ignore[attr-defined]  # who projects has one
             limits = config.log_std_min, config.log_std_max
-            outputs = self.projections.policy(outputs.cpu(), *limits)
-        noise = torch.from_numpy(noise).to(outputs.device)
-        return sample(outputs, noise, self.layout.discrete).cpu().numpy()
+            outputs = self.projections.policy(outputs, *limits)
+        return sample(outputs, torch.from_numpy(noise), self.layout.discrete).numpy()
 
     @torch.inference_mode()
     def observe(
