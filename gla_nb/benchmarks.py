@@ -21,7 +21,7 @@ import torch
 from joblib import Parallel, delayed
 from torch.nn import functional as F
 
-from .agent import GLA, InContext
+from .agent import GLA, InContext, physics_threads
 from .evaluate import new_actor, new_record, run_lifetimes
 from .projections import TokenLayout
 from .stages import cpu_threads
@@ -129,7 +129,8 @@ class Lives:
     "`count` lifetimes of an agent in Ant-v4, of so many more steps, entered with a full window."
 
     def __init__(self, agent: Any, count: int, steps: int):
-        self.count, self.environments = count, make_vector_env("ant", count)
+        self.count = count
+        self.environments = make_vector_env("ant", count, physics_threads(agent))
         self.actor = cast(InContext, new_actor(agent, self.environments))
         if isinstance(self.actor.cache, Cache):
             enter(self.actor.cache, agent.config.window)
@@ -173,7 +174,7 @@ class Peer:
             return tokens.new_zeros(len(tokens), self.config.outputs)
         return self.read(tokens, cache)
 
-
+# %% ../nbs/20_benchmarks.ipynb #4a34bb4a
 class Recomputed(Peer):
     "The last `window` tokens of each lifetime, all read again at each step."
 
@@ -261,9 +262,9 @@ def reading_once(agent: GLA, cache: Cache) -> Callable[[], float]:
     return work
 
 
-def physics_alone(count: int, steps: int, stack: ExitStack) -> Callable[[], float]:
+def physics_alone(agent: GLA, count: int, steps: int, stack: ExitStack) -> Callable[[], float]:
     "A function that makes so many steps of so many ants with random actions."
-    environments = make_vector_env("ant", count)
+    environments = make_vector_env("ant", count, physics_threads(agent))
     stack.callback(environments.close)
     environments.reset(seed=0)
     actions = np.random.default_rng(0).uniform(-1, 1, (count, 8)).astype(np.float32)
@@ -298,7 +299,7 @@ def beside_peers(sizes: Sizes, count: int, window: int) -> pd.DataFrame:
             "cache rolled each step": timed(lambda: rolled.run(steps)),
             "Hugging Face GPT-2 with its cache": timed(lambda: theirs.run(steps)),
             "limit: weights and cache read once": timed(reading_once(agent, ours.actor.cache)),
-            "limit: the physics alone": timed(physics_alone(count, steps, stack)),
+            "limit: the physics alone": timed(physics_alone(agent, count, steps, stack)),
         }
         case = f"{count} lifetime{'s' * (count > 1)}, context {window:,}"
         return take_turns("meta-testing", case, "environment steps", contestants, sizes.rounds)
@@ -307,7 +308,7 @@ def beside_peers(sizes: Sizes, count: int, window: int) -> pd.DataFrame:
 def along_a_lifetime(sizes: Sizes) -> pd.DataFrame:
     "Turns of ours at different steps of a lifetime."
     count, window = sizes.meta_lifetimes[-1], sizes.meta_windows[-1]
-    steps = max(sizes.meta_slots // (count * window), 2)
+    steps = max(4 * sizes.meta_slots // (count * window), 2)
     with ExitStack() as stack:
         turns = len(sizes.meta_lengths) * (sizes.rounds + 1)
         lives = begun(meta_agent(sizes, window), count, steps, turns, stack)
@@ -325,7 +326,7 @@ def along_a_lifetime(sizes: Sizes) -> pd.DataFrame:
         case = f"{count} lifetimes, context {window:,}, {first:,} steps into a lifetime"
         return take_turns("meta-testing", case, "environment steps", contestants, sizes.rounds)
 
-
+# %% ../nbs/20_benchmarks.ipynb #638a8267
 @lru_cache(maxsize=1)
 def lives_here(sizes: Sizes, count: int, window: int, steps: int) -> Lives:
     "Lifetimes that stay in this process between turns."
@@ -364,7 +365,7 @@ def among_processes(sizes: Sizes) -> pd.DataFrame:
         case = f"{count} lifetimes, context {window:,}, 1 process"
         return take_turns("meta-testing", case, "environment steps", contestants, sizes.rounds)
 
-
+# %% ../nbs/20_benchmarks.ipynb #d6c52bdc
 def meta_test_turns(sizes: Sizes) -> pd.DataFrame:
     "Turns of all cases of meta-testing, on one thread for each process."
     with cpu_threads(1):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEARNED', 'MATCHED_SIZE', 'GLAConfig', 'config_from', 'window_mask', 'rotations', 'rotate', 'Block', 'Cache',
            'Reading', 'unfilled', 'neighbours', 'empty_cache', 'Matching', 'initialise', 'check_tokens', 'bounded',
-           'Decoder', 'Graph', 'log_probability', 'entropy', 'sample', 'kl']
+           'Layers', 'Decoder', 'Graph', 'log_probability', 'entropy', 'sample', 'kl']
 
 # %% ../nbs/02b_transformer.ipynb #70040cb3
 import math
@@ -315,7 +315,7 @@ class Matching(nn.Module):
         return (reading.attend(q, keys, values, 1.0) * out[..., None]).sum(-2)
 
 # %% ../nbs/02b_transformer.ipynb #ed82e854
-def initialise(network: "Decoder", seed: int) -> None:
+def initialise(network: "Layers", seed: int) -> None:
     "Normal weights of variance 1 / inputs, less in residual layers and the head; biases are zero."
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
@@ -348,8 +348,8 @@ def bounded(params: torch.Tensor, config: GLAConfig) -> torch.Tensor:
     return torch.cat((mean, log_std.clamp(config.log_std_min, config.log_std_max)), -1)
 
 # %% ../nbs/02b_transformer.ipynb #e87f7f4a
-class Decoder(nn.Module):
-    "Tokens to the parameters of action distributions, for sequences and one step at a time."
+class Layers(nn.Module):
+    "The layers of the network, and what they make of one token of each lifetime."
 
     def __init__(self, config: GLAConfig, seed: int = 0):
         super().__init__()
@@ -361,6 +361,32 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.width, config.outputs)
             self.matching = Matching(config) if config.matching else None
         initialise(self, seed)
+
+    def read(self, tokens: torch.Tensor, cache: Cache, reading: Reading) -> torch.Tensor:
+        "`(A, layout.width)` to `(A, outputs)`: those `reading` write into the cache, and attend."
+        x, rotation = self.embed(tokens), self.rotation(reading.positions)
+        blocks: Any = self.blocks  # each a `Block`, which torch does not know
+        for block, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
+            x = block.step(x, rotation, keys, values, reading)
+        x = self.norm(x)
+        outputs = bounded(self.head(x), self.config)
+        if not self.matching:
+            return outputs
+        keys, values = cache.matching
+        return self.matched(outputs, self.matching.step(x, tokens, keys, values, reading))
+
+    def matched(self, outputs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        "Outputs `(..., 33)` with `action (..., 16)` added to their means."
+        return torch.cat([outputs[..., : SIZES[1]] + action, outputs[..., SIZES[1] :]], -1)
+
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        "Rotations of the positions `(...)`, for blocks: `(..., 1, 1, head_dim / 2)`."
+        turns = rotations(positions, self.config.head_dim, self.config.rope_base)
+        return turns[..., None, None, :]
+
+# %% ../nbs/02b_transformer.ipynb #7db705b0
+class Decoder(Layers):
+    "Tokens to the parameters of action distributions, for sequences and one step at a time."
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         "`(B, T, layout.width)` to float32 `(B, T, outputs)`: logits, or means and log_stds."
@@ -395,34 +421,12 @@ class Decoder(nn.Module):
         cache.positions += 1 if active is None else active
         return outputs
 
-    def read(self, tokens: torch.Tensor, cache: Cache, reading: Reading) -> torch.Tensor:
-        "`(A, layout.width)` to `(A, outputs)`: those `reading` write into the cache, and attend."
-        x, rotation = self.embed(tokens), self.rotation(reading.positions)
-        blocks: Any = self.blocks  # each a `Block`, which torch does not know
-        for block, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
-            x = block.step(x, rotation, keys, values, reading)
-        x = self.norm(x)
-        outputs = bounded(self.head(x), self.config)
-        if not self.matching:
-            return outputs
-        keys, values = cache.matching
-        return self.matched(outputs, self.matching.step(x, tokens, keys, values, reading))
-
     @torch.inference_mode()
     def static_step(self, tokens: torch.Tensor, cache: Cache, active: torch.Tensor) -> torch.Tensor:
         "As `step` without waiting for a number, in the same shapes every time: for a GPU."
         outputs = self.read(tokens, cache, cache.static())
         cache.positions += active
         return outputs
-
-    def matched(self, outputs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        "Outputs `(..., 33)` with `action (..., 16)` added to their means."
-        return torch.cat([outputs[..., : SIZES[1]] + action, outputs[..., SIZES[1] :]], -1)
-
-    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        "Rotations of the positions `(...)`, for blocks: `(..., 1, 1, head_dim / 2)`."
-        turns = rotations(positions, self.config.head_dim, self.config.rope_base)
-        return turns[..., None, None, :]
 
     def new_cache(self, lifetimes: int) -> Cache:
         "An empty cache for so many lifetimes, where the network's weights are."
