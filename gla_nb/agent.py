@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ETA_MOST', 'ENVIRONMENT', 'ACTION', 'SHUFFLE', 'NOISE', 'AGENT_FILES', 'FORMAT', 'VERSION', 'USE', 'Agent',
-           'Remembering', 'InContext', 'next_tokens', 'no_transition', 'taken', 'device_of', 'layout_of', 'task_layout',
-           'check_fits', 'lifetime_projections', 'check_eta', 'eta_values', 'own_noise', 'flat_rows', 'one_row',
-           'Place', 'find_place', 'one_each', 'seeds_of', 'last_observations', 'draw_where', 'Beginning', 'Acting',
-           'Acts', 'restored', 'whole_folder', 'read_config', 'read_weights', 'agent_folder', 'rows_table', 'card',
-           'write_agent', 'GLA']
+           'Remembering', 'InContext', 'next_tokens', 'no_transition', 'taken', 'device_of', 'physics_threads',
+           'layout_of', 'task_layout', 'check_fits', 'lifetime_projections', 'check_eta', 'eta_values', 'own_noise',
+           'flat_rows', 'one_row', 'Place', 'find_place', 'one_each', 'seeds_of', 'last_observations', 'draw_where',
+           'Beginning', 'Acting', 'Acts', 'restored', 'whole_folder', 'read_config', 'read_weights', 'agent_folder',
+           'rows_table', 'card', 'write_agent', 'GLA']
 
 # %% ../nbs/02c_agent.ipynb #cbb83869
 import json
@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 
 from .projections import Normaliser, Projections, TokenLayout, draw_projections, make_tokens
 from gla_nb.stages import (
+    cores,
     make_folder,
     plain,
     read_json,
@@ -93,15 +94,14 @@ class InContext(Remembering):
         self, observation: np.ndarray, noise: np.ndarray, active: torch.Tensor | None = None
     ) -> np.ndarray:
         "Actions `(L,)` or `(L, d_a)` from the agent's distributions; of use where `active` (L,)."
-        outputs = self._step(observation, self.first, active)
+        outputs = self._step(observation, self.first, active).cpu()  # the one wait for a GPU
         if not torch.isfinite(outputs).all():
             raise ValueError(f"outputs of the agent are not finite at interaction {self.steps}")
         if self.projections:
             config = self.agent.config  # type: ignore[attr-defined]  # who projects has one
             limits = config.log_std_min, config.log_std_max
-            outputs = self.projections.policy(outputs.cpu(), *limits)
-        noise = torch.from_numpy(noise).to(outputs.device)
-        return sample(outputs, noise, self.layout.discrete).cpu().numpy()
+            outputs = self.projections.policy(outputs, *limits)
+        return sample(outputs, torch.from_numpy(noise), self.layout.discrete).numpy()
 
     @torch.inference_mode()
     def observe(
@@ -187,6 +187,16 @@ def device_of(agent: Agent) -> torch.device:
     "Where the weights of an agent are; the CPU for one without."
     parameters = getattr(agent, "parameters", lambda: iter(()))
     return getattr(next(parameters(), None), "device", torch.device("cpu"))
+
+# %% ../nbs/02c_agent.ipynb #792bb714
+def physics_threads(agent: Agent | str) -> int:
+    """How many threads step the environments. One, since curves have a process and core each.
+
+    Beside a network on a GPU, which has no other use for them: all cores, or `OMP_NUM_THREADS`.
+    """
+    if isinstance(agent, str) or device_of(agent).type == "cpu":
+        return 1
+    return min(cores(), int(os.environ.get("OMP_NUM_THREADS") or cores()))
 
 # %% ../nbs/02c_agent.ipynb #f1ac03f5
 def layout_of(agent: Agent) -> TokenLayout:

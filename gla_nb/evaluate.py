@@ -44,6 +44,7 @@ from gla_nb.agent import (
     InContext,
     lifetime_projections,
     own_noise,
+    physics_threads,
 )
 from .histories import History, open_history
 from gla_nb.stages import (
@@ -365,7 +366,7 @@ def meta_test(
     """
     task, seeds = find_task(task), check_meta_test(seeds, interactions, feedback, memory, yoke)
     check_agent(agent)
-    with closing(make_vector_env(task, len(seeds))) as environments:
+    with closing(make_vector_env(task, len(seeds), physics_threads(agent))) as environments:
         actor = new_actor(agent, environments, memory, eta, action_rms, seeds, projection)
         check_action_rms(agent, len(seeds), interactions, action_rms)
         name = name or (agent if isinstance(agent, str) else curve_name(feedback, memory))

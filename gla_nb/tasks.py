@@ -820,11 +820,14 @@ def find_bulk(task: AnyTask) -> type[BulkVectorEnv] | None:
     return BULK.get(spec.entry_point) if known else None
 
 # %% ../nbs/00_tasks.ipynb #9f6d1061
-def make_vector_env(task: AnyTask, number: int) -> gym.vector.VectorEnv:
-    "`number` environments of `task` in lock-step, reset in the step that ends an episode."
+def make_vector_env(task: AnyTask, number: int, threads: int = 1) -> gym.vector.VectorEnv:
+    """`number` environments of `task` in lock-step, reset in the step that ends an episode.
+
+    Those that step in bulk do so on so many `threads`, with the same results for any number.
+    """
     task, single = find_task(task), make_env(task)
     if bulk := find_bulk(task):
-        return bulk(single, number)
+        return bulk(single, number, threads)
     single.close()
     make = task.make  # type: ignore[attr-defined]  # kept by __post_init__
     if not make and gym.spec(task.id).vector_entry_point:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'MATCHED_SIZE', 'GLAConfig', 'config_from', 'window_mask', 'rotations', 'rotate', 'Block', 'Cache',
-           'empty_cache', 'Matching', 'initialise', 'check_tokens', 'bounded', 'Decoder', 'log_probability', 'entropy',
-           'sample', 'kl']
+           'Reading', 'unfilled', 'neighbours', 'empty_cache', 'Matching', 'initialise', 'check_tokens', 'bounded',
+           'Layers', 'Decoder', 'Graph', 'log_probability', 'entropy', 'sample', 'kl']
 
 # %% ../nbs/02b_transformer.ipynb #70040cb3
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,18 +141,12 @@ class Block(nn.Module):
         rotation: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        slots: torch.Tensor,
-        hidden: torch.Tensor | None,
+        reading: "Reading",
     ) -> torch.Tensor:
-        "`x (B, width)`; `slots (B,)` of `keys` and `values (B, H, S, D)` take the new token."
-        q, k, v = self.project(x, rotation)  # (B, H, D)
-        rows = torch.arange(len(x), device=x.device)
-        keys[rows, :, slots], values[rows, :, slots] = k.to(keys), v.to(values)
-        # A batched product of (1, D) and (D, S) is faster here than scaled_dot_product_attention.
-        scores = (q[:, :, None].to(keys) * q.shape[-1] ** -0.5) @ keys.mT  # (B, H, 1, S)
-        if hidden is not None:
-            scores = scores + hidden
-        y = scores.softmax(-1) @ values
+        "`x (A, width)`, the new tokens of those that are `reading`; `keys`, `values (B, H, S, D)`."
+        q, k, v = self.project(x, rotation)  # (A, H, D)
+        reading.write(keys, k, values, v)
+        y = reading.attend(q, keys, values, q.shape[-1] ** -0.5)
         return self.mlp(x + self.out(y.flatten(1).to(x)))
 
 # %% ../nbs/02b_transformer.ipynb #701d021e
@@ -163,6 +158,12 @@ class Cache:
     values: torch.Tensor  # as keys
     positions: torch.Tensor  # (B,) int64, tokens that each lifetime has read since it was emptied
     matching: tuple = ()  # keys (B, matching, window, 81) and values (B, matching, window, 16)
+    graph: "Graph | None" = None  # of the step, on a GPU
+
+    def __post_init__(self) -> None:
+        _, lifetimes, heads, window, _ = self.keys.shape
+        heads = max([heads, *(part.shape[1] for part in self.matching)])
+        self.room = self.keys.new_empty(lifetimes * heads * window)  # for the scores of a step
 
     def empty(self, rows: torch.Tensor | None = None) -> None:
         "Forget everything for `rows`, boolean `(B,)` or indices; for all lifetimes if None."
@@ -173,18 +174,75 @@ class Cache:
         for part in self.matching:
             part[rows] = 0.0
 
-    def seen(self) -> tuple[int, torch.Tensor | None]:
-        "Slots to read once the next token is in, and -inf where a lifetime has not filled them."
-        window = self.keys.shape[3]
-        filled = (self.positions + 1).clamp(max=window)
-        least, most = (int(extreme) for extreme in filled.aminmax())
-        # Longer prefixes are strided memory, and slower to read than all of it.
-        most = most if 4 * most <= window else window
-        if least == most:
-            return most, None
-        unfilled = torch.arange(most, device=filled.device) >= filled[:, None]
-        hidden = torch.zeros_like(unfilled, dtype=self.keys.dtype)
-        return most, hidden.masked_fill_(unfilled, -torch.inf)[:, None, None]  # (B, 1, 1, slots)
+    def reading(self, active: torch.Tensor | None = None) -> "Reading":
+        "How those that are `active` (B,), by default all, read their next token."
+        count, window = len(self.positions), self.keys.shape[3]
+        rows = torch.arange(count) if active is None else active.nonzero().squeeze(1)
+        positions = self.positions[rows]
+        filled = (positions + 1).clamp(max=window)
+        least, most = (int(end) for end in filled.aminmax()) if len(rows) else (1, 1)
+        hidden = None if least == most else unfilled(filled, most)
+        runs = [(0, 0, count)] if len(rows) == count else neighbours(rows.tolist())
+        return Reading(rows, positions, positions % window, runs, most, hidden, self.room)
+
+    def static(self) -> "Reading":
+        "How all read their next token, in shapes that never change, and no number leaves a GPU."
+        positions, window = self.positions.clone(), self.keys.shape[3]
+        rows = torch.arange(len(positions), device=positions.device)
+        hidden = unfilled((positions + 1).clamp(max=window), window)
+        runs, slots = [(0, 0, len(positions))], positions % window
+        return Reading(rows, positions, slots, runs, window, hidden, self.room)
+
+# %% ../nbs/02b_transformer.ipynb #d90c3477
+@dataclass
+class Reading:
+    "What A of B lifetimes read and write when each of them reads one token."
+
+    rows: torch.Tensor  # (A,) which lifetimes
+    positions: torch.Tensor  # (A,) of the new tokens in their lifetimes
+    slots: torch.Tensor  # (A,) that take them
+    runs: list[tuple[int, int, int]]  # neighbours: the first in the step, in the cache, how many
+    seen: int  # slots to read once the new token is in
+    hidden: torch.Tensor | None  # (A, 1, seen), -inf where a lifetime has not filled them
+    room: torch.Tensor  # memory for the scores
+
+    def write(
+        self, keys: torch.Tensor, k: torch.Tensor, values: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        "Put `k`, `v (A, H, D)` into `keys`, `values (B, H, S, D)`."
+        keys[self.rows, :, self.slots] = k.to(keys)
+        values[self.rows, :, self.slots] = v.to(values)
+
+    def attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        "`q (A, H, D)` attends to `keys`, `values (B, H, S, ...)`; `(A, H, ...)`."
+        parts, q = [], q.to(keys)
+        for first, row, count in self.runs:
+            queries = q[first : first + count].flatten(0, 1)[:, None]  # (count * H, 1, D)
+            k, v = (
+                part[row : row + count, :, : self.seen].flatten(0, 1) for part in (keys, values)
+            )
+            # Batched products over (D, S) are faster here than scaled_dot_product_attention.
+            scores = self.room[: len(k) * self.seen].view(len(k), 1, self.seen)
+            torch.baddbmm(scores, queries, k.mT, beta=0, alpha=scale, out=scores)
+            if self.hidden is not None:
+                scores.unflatten(0, (count, -1)).add_(self.hidden[first : first + count, None])
+            torch.softmax(scores, -1, out=scores)
+            parts.append((scores @ v).view(count, -1, v.shape[-1]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def unfilled(filled: torch.Tensor, slots: int) -> torch.Tensor:
+    "`(A, 1, slots)`: 0 in the first `filled` (A,) slots of each lifetime, -inf in the others."
+    empty = torch.arange(slots, device=filled.device) >= filled[:, None]
+    return torch.zeros_like(empty, dtype=torch.float32).masked_fill_(empty, -torch.inf)[:, None]
+
+
+def neighbours(rows: list[int]) -> list[tuple[int, int, int]]:
+    "Runs of consecutive numbers in ascending `rows`: place of the first, the first, how many."
+    starts = [i for i, row in enumerate(rows) if not i or row != rows[i - 1] + 1]
+    return [(start, rows[start], end - start) for start, end in pairwise([*starts, len(rows)])]
 
 # %% ../nbs/02b_transformer.ipynb #3d887c3a
 def empty_cache(config: GLAConfig, lifetimes: int, device: torch.device | str = "cpu") -> Cache:
@@ -249,20 +307,15 @@ class Matching(nn.Module):
         tokens: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        slots: torch.Tensor,
-        hidden: torch.Tensor | None,
+        reading: Reading,
     ) -> torch.Tensor:
-        "`x (B, width)`; `slots (B,)` of `keys (B, H, S, 81)` and `values` take the new token."
+        "`x (A, width)` of those `reading` to `(A, 16)`; `keys (B, H, S, 81)` and `values`."
         q, k, v, out = self.project(x, tokens)
-        rows = torch.arange(len(x), device=x.device)
-        keys[rows, :, slots], values[rows, :, slots] = k, v
-        scores = q[:, :, None] @ keys.mT
-        if hidden is not None:
-            scores = scores + hidden
-        return ((scores.softmax(-1) @ values).squeeze(2) * out[..., None]).sum(-2)
+        reading.write(keys, k, values, v)
+        return (reading.attend(q, keys, values, 1.0) * out[..., None]).sum(-2)
 
 # %% ../nbs/02b_transformer.ipynb #ed82e854
-def initialise(network: "Decoder", seed: int) -> None:
+def initialise(network: "Layers", seed: int) -> None:
     "Normal weights of variance 1 / inputs, less in residual layers and the head; biases are zero."
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
@@ -295,8 +348,8 @@ def bounded(params: torch.Tensor, config: GLAConfig) -> torch.Tensor:
     return torch.cat((mean, log_std.clamp(config.log_std_min, config.log_std_max)), -1)
 
 # %% ../nbs/02b_transformer.ipynb #e87f7f4a
-class Decoder(nn.Module):
-    "Tokens to the parameters of action distributions, for sequences and one step at a time."
+class Layers(nn.Module):
+    "The layers of the network, and what they make of one token of each lifetime."
 
     def __init__(self, config: GLAConfig, seed: int = 0):
         super().__init__()
@@ -308,6 +361,32 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.width, config.outputs)
             self.matching = Matching(config) if config.matching else None
         initialise(self, seed)
+
+    def read(self, tokens: torch.Tensor, cache: Cache, reading: Reading) -> torch.Tensor:
+        "`(A, layout.width)` to `(A, outputs)`: those `reading` write into the cache, and attend."
+        x, rotation = self.embed(tokens), self.rotation(reading.positions)
+        blocks: Any = self.blocks  # each a `Block`, which torch does not know
+        for block, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
+            x = block.step(x, rotation, keys, values, reading)
+        x = self.norm(x)
+        outputs = bounded(self.head(x), self.config)
+        if not self.matching:
+            return outputs
+        keys, values = cache.matching
+        return self.matched(outputs, self.matching.step(x, tokens, keys, values, reading))
+
+    def matched(self, outputs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        "Outputs `(..., 33)` with `action (..., 16)` added to their means."
+        return torch.cat([outputs[..., : SIZES[1]] + action, outputs[..., SIZES[1] :]], -1)
+
+    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        "Rotations of the positions `(...)`, for blocks: `(..., 1, 1, head_dim / 2)`."
+        turns = rotations(positions, self.config.head_dim, self.config.rope_base)
+        return turns[..., None, None, :]
+
+# %% ../nbs/02b_transformer.ipynb #7db705b0
+class Decoder(Layers):
+    "Tokens to the parameters of action distributions, for sequences and one step at a time."
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         "`(B, T, layout.width)` to float32 `(B, T, outputs)`: logits, or means and log_stds."
@@ -327,33 +406,59 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         "`(B, layout.width)` to `(B, outputs)`, one token each; rows not `active` read nothing."
         check_tokens(tokens, (len(cache.positions), self.config.layout.width))
-        x, rotation = self.embed(tokens), self.rotation(cache.positions)
-        slots, (seen, hidden) = cache.positions % self.config.window, cache.seen()
-        blocks: Any = self.blocks  # each a `Block`, which torch does not know
-        for block, keys, values in zip(blocks, cache.keys, cache.values, strict=True):
-            x = block.step(x, rotation, keys[:, :, :seen], values[:, :, :seen], slots, hidden)
-        x = self.norm(x)
-        outputs = bounded(self.head(x), self.config)
-        if self.matching:
-            keys, values = (part[:, :, :seen] for part in cache.matching)
-            action = self.matching.step(x, tokens, keys, values, slots, hidden)
-            outputs = self.matched(outputs, action)
+        if tokens.is_cuda:
+            if cache.graph is None or cache.graph.decoder is not self:
+                cache.graph = Graph(self, cache)
+            return cache.graph(tokens, active)
+        reading = cache.reading(active)
+        if active is None:
+            outputs = self.read(tokens, cache, reading)
+        else:
+            outputs = torch.zeros(len(tokens), self.config.outputs)
+            if len(reading.rows):
+                outputs[reading.rows] = self.read(tokens[reading.rows], cache, reading)
         # The slot just written is the one that the next token overwrites: not counting is undoing.
         cache.positions += 1 if active is None else active
         return outputs
 
-    def matched(self, outputs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        "Outputs `(..., 33)` with `action (..., 16)` added to their means."
-        return torch.cat([outputs[..., : SIZES[1]] + action, outputs[..., SIZES[1] :]], -1)
-
-    def rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        "Rotations of the positions `(...)`, for blocks: `(..., 1, 1, head_dim / 2)`."
-        turns = rotations(positions, self.config.head_dim, self.config.rope_base)
-        return turns[..., None, None, :]
+    @torch.inference_mode()
+    def static_step(self, tokens: torch.Tensor, cache: Cache, active: torch.Tensor) -> torch.Tensor:
+        "As `step` without waiting for a number, in the same shapes every time: for a GPU."
+        outputs = self.read(tokens, cache, cache.static())
+        cache.positions += active
+        return outputs
 
     def new_cache(self, lifetimes: int) -> Cache:
         "An empty cache for so many lifetimes, where the network's weights are."
         return empty_cache(self.config, lifetimes, self.head.weight.device)
+
+# %% ../nbs/02b_transformer.ipynb #53f3e550
+class Graph:
+    "`Decoder.static_step` on the cache of a GPU, recorded once and replayed."
+
+    def __init__(self, decoder: Decoder, cache: Cache):
+        device = cache.keys.device
+        self.decoder = decoder
+        self.tokens = torch.zeros(len(cache.positions), decoder.config.layout.width, device=device)
+        self.active = torch.zeros(len(cache.positions), dtype=torch.bool, device=device)
+        inputs = self.tokens, cache, self.active
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries choose their kernels; nobody is active
+                    decoder.static_step(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = decoder.static_step(*inputs)
+
+    def __call__(self, tokens: torch.Tensor, active: torch.Tensor | None) -> torch.Tensor:
+        "As `Decoder.step` on the cache that it was recorded with."
+        self.tokens.copy_(tokens)
+        self.active.fill_(True) if active is None else self.active.copy_(active)
+        self.graph.replay()
+        return self.outputs.clone()
 
 # %% ../nbs/02b_transformer.ipynb #4e13e9cc
 def log_probability(params: torch.Tensor, action: torch.Tensor, discrete: bool) -> torch.Tensor:

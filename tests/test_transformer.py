@@ -1,5 +1,6 @@
 "The network on sequences and with its cache, the action distributions, and saved agents."
 
+import copy
 import json
 import math
 import os
@@ -78,6 +79,82 @@ def test_lifetimes_at_different_positions_pause_and_start_again():
             histories[1], histories[3] = [], []
             emptied += 2
     assert compared_full > 60 and emptied == 6
+
+
+def pausing(step, agent, device="cpu"):
+    "Outputs (T, B, ...) of lifetimes that pause and are emptied, NaN where they did; positions."
+    rng, cache, kept = np.random.default_rng(1), agent.new_cache(5), []
+    for t in range(60):
+        active = torch.tensor(rng.random(5) < [1.0, 0.9, 0.6, 0.3, 0.1], device=device)
+        tokens = random_tokens(5, agent.config.layout.width, seed=t).to(device)
+        outputs = step(tokens, cache, active)
+        kept.append(torch.where(active[:, None], outputs, torch.nan))
+        if t == 30:
+            cache.empty(torch.tensor([False, True, False, True, False], device=device))
+    return torch.stack(kept).cpu(), cache.positions.tolist()
+
+
+PROJECTED = TokenLayout(64, 16, discrete=False, normalise=64, projection="orthonormal")
+SHAPES = [(GRID, 0), (ANT, 0), (PROJECTED, 3)]
+
+
+@pytest.mark.parametrize("layout, matching", SHAPES)
+def test_static_shapes_give_the_same(layout, matching):
+    agent = make_agent(layout, matching=matching)
+    outputs, positions = pausing(agent.step, agent)
+    static, same = pausing(agent.static_step, agent)
+    assert positions == same and positions[0] == 60 > positions[4] > 0
+    assert outputs.isnan().any() and outputs[~outputs.isnan()].std() > 0.1
+    # Of order 5 at most, where float32 resolves 5e-7, after two layers of weights made large.
+    torch.testing.assert_close(static, outputs, rtol=0, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("layout, matching", SHAPES)
+def test_a_recorded_graph_gives_the_same(layout, matching):
+    agent = make_agent(layout, matching=matching)
+    expected, positions = pausing(agent.step, agent)
+    agent.to("cuda")
+    outputs, same = pausing(agent.step, agent, "cuda")
+    assert positions == same
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-4, equal_nan=True)
+
+
+def test_shapes_of_a_graph_never_change_and_nothing_waits():
+    agent = make_agent(PROJECTED, matching=2)
+    cache, everybody = agent.new_cache(3), torch.ones(3, dtype=torch.bool)
+    shapes = set()
+    for _ in range(20):
+        agent.static_step(torch.randn(3, PROJECTED.width), cache, everybody)
+        reading = cache.static()
+        parts = (reading.rows, reading.positions, reading.slots, reading.hidden)
+        shapes.add((*(tuple(part.shape) for part in parts), reading.seen))
+    assert shapes == {((3,), (3,), (3,), (3, 1, 8), 8)}
+    # A tensor without numbers refuses to give one: what waits for a GPU would raise here.
+    with torch.device("meta"):
+        empty = make_agent_without_numbers(PROJECTED, matching=2)
+        outputs = empty.static_step(torch.zeros(3, PROJECTED.width), empty.new_cache(3), everybody)
+    assert outputs.shape == (3, 33)
+
+
+def make_agent_without_numbers(layout, **fields):
+    return GLA(GLAConfig(layout, **{"layers": 2, "width": 32, "window": 8} | fields)).to("meta")
+
+
+@pytest.mark.parametrize("matching", [0, 2])
+def test_what_is_not_active_is_not_read(matching):
+    agent = make_agent(PROJECTED, matching=matching)
+    cache, tokens = agent.new_cache(6), random_tokens(6, 20, PROJECTED.width)
+    for t in range(19):
+        agent.step(tokens[:, t], cache)
+    active = torch.tensor([False, True, True, False, False, True])
+    alone, poisoned = copy.deepcopy(cache), copy.deepcopy(cache)
+    expected = agent.step(tokens[:, 19], alone)
+    for part in (poisoned.keys[0], poisoned.values[0], *poisoned.matching):
+        part[~active] = torch.nan
+    outputs = agent.step(tokens[:, 19], poisoned, active)
+    torch.testing.assert_close(outputs[active], expected[active], rtol=0, atol=1e-5)
+    assert (outputs[~active] == 0).all()
 
 
 def test_emptying_everything_equals_a_new_cache():
