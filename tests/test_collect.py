@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict, replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from gla_nb import collect as collection
@@ -147,6 +149,64 @@ def test_a_replay_of_the_executed_actions_gives_the_recorded_rows(tmp_path, task
         np.testing.assert_array_equal(history.final_observation[:, row], final)
     ends = history.terminated if task == "CartPole-v1" else history.truncated
     assert ends.sum() >= 3
+
+
+UPDATES = {
+    "ant": {"normalise": True, "log_std": -0.7, "entropy": 0.01, "batch_size": 128},
+    "short": {"entropy": 0.05, "batch_size": 100},
+    "swing": {"batch_size": 73, "clip": 0.02, "max_gradient": 0.05},  # the last minibatch has 1 row
+}
+
+
+@pytest.mark.parametrize("task", UPDATES)
+def test_an_update_is_that_of_stable_baselines(monkeypatch, task):
+    "The same rollout and minibatches; after ten epochs the weights differ by rounding alone."
+    warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+    sizes = {"updates": 2, "streams": 8, "steps_per_update": 64, "epochs": 10}
+    config = CollectConfig(task, **sizes | UPDATES[task])
+    ours = one_update(config)
+    monkeypatch.setattr(collection, "QuickPPO", PPO)
+    monkeypatch.setattr(collection, "QuickPolicy", "MlpPolicy")
+    theirs = one_update(config)
+    for name in ("begun", "observations", "actions", "rewards", "random"):
+        assert np.array_equal(ours[name], theirs[name]), name
+    for name in ("values", "log_probs", "advantages", "weights"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5, err_msg=name)
+    assert np.abs(ours["weights"] - ours["begun"]).max() > 1e-3
+    assert ours["kind"] != theirs["kind"]
+
+
+def one_update(config):
+    "The weights before and after, what the buffer holds, and the next random numbers."
+    with own_generators(3):
+        model = make_ppo(config, 0)[0]
+        weights = [vector(model.policy)]
+        model.learn(config.streams * config.steps_per_update, log_interval=None)
+        draws = [*torch.rand(3).tolist(), np.random.rand()]
+    names = ("observations", "actions", "rewards", "values", "log_probs", "advantages")
+    buffer = model.rollout_buffer
+    columns = {name: getattr(buffer, name) for name in names}
+    for name, column in columns.items():
+        if column.shape[:2] == (config.steps_per_update, config.streams):
+            columns[name] = buffer.swap_and_flatten(column)  # as training leaves the others
+    about = {"begun": weights[0], "weights": vector(model.policy), "random": draws}
+    return columns | about | {"kind": type(model)}
+
+
+def vector(policy):
+    return torch.nn.utils.parameters_to_vector(policy.parameters()).detach().numpy().copy()
+
+
+def test_weights_that_diverge_cost_one_update(tmp_path, monkeypatch):
+    real = collection.QuickPPO.loss
+
+    def loss(model, rows, clip):
+        return real(model, rows, clip) * (np.nan if model.num_timesteps == 3 * 60 else 1)
+
+    monkeypatch.setattr(collection.QuickPPO, "loss", loss)
+    with pytest.raises(ValueError, match="PPO diverged in update 2: lower its learning rate"):
+        collect_run(CollectConfig("short", updates=5, **SMALL), 0, tmp_path / "run")
+    assert open_history(tmp_path / "run").updates == 3 and validate(tmp_path / "run") == []
 
 
 def test_rewards_of_the_grid_are_those_of_the_grid():
