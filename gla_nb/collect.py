@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Layers', 'CollectConfig', 'GymnasiumVecEnv', 'Recorder', 'policy_distribution', 'HistoryCallback', 'network',
-           'QuickPolicy', 'in_one_vector', 'QuickPPO', 'run_seeds', 'own_generators', 'make_ppo', 'is_complete',
-           'collect_run', 'Progress', 'updates_done', 'collect_config', 'collect', 'collect_all', 'histories_folder',
-           'planned_runs', 'run_missing', 'run_folders', 'learning_curves', 'plot_learning_curves']
+           'QuickPolicy', 'QuickRollouts', 'in_one_vector', 'QuickPPO', 'run_seeds', 'own_generators', 'make_ppo',
+           'is_complete', 'collect_run', 'Progress', 'updates_done', 'collect_config', 'collect', 'collect_all',
+           'histories_folder', 'planned_runs', 'run_missing', 'run_folders', 'learning_curves', 'plot_learning_curves']
 
 # %% ../nbs/01b_collect.ipynb #102cc8ce
 import difflib
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
@@ -251,19 +252,21 @@ class QuickPolicy(ActorCriticPolicy):
             found.append([(layer.weight, layer.bias) for layer in linears])
         self.actor, self.critic = found
 
-    def forward(
-        self, obs: torch.Tensor, deterministic: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        "Actions, values (rows, 1) and log-probabilities (rows,) of the actions, which are drawn."
-        if deterministic:
-            return super().forward(obs, True)
-        law, values = network(self.actor, obs), network(self.critic, obs)
+    def act(self, observation: torch.Tensor) -> torch.Tensor:
+        "Actions (rows, ...), drawn at `observation` (rows, d_o)."
+        law = self.law(observation)
         if self.discrete:
-            law = law.log_softmax(-1)
-            action = torch.multinomial(law.exp(), 1, True).flatten()
-        else:
-            action = law + self.log_std.exp() * torch.randn_like(law)
-        return action, values, self.log_probability(law, action)
+            return torch.multinomial(law.exp(), 1, True).flatten()
+        return law + self.log_std.exp() * torch.randn_like(law)
+
+    def law(self, observation: torch.Tensor) -> torch.Tensor:
+        "Log-probabilities (rows, n), or means (rows, d_a)."
+        law = network(self.actor, observation)
+        return law.log_softmax(-1) if self.discrete else law
+
+    def value(self, observation: torch.Tensor) -> torch.Tensor:
+        "Values (rows,) at `observation` (rows, d_o)."
+        return network(self.critic, observation).flatten()
 
     def log_probability(self, law: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         "Of actions under log-probabilities, or under means (rows, d_a) and the policy's spread."
@@ -278,6 +281,64 @@ class QuickPolicy(ActorCriticPolicy):
         if self.discrete:
             return -(law.exp() * law).sum(-1).mean()
         return self.log_std.sum() + 0.5 * (1 + math.log(2 * math.pi)) * law.shape[-1]
+
+# %% ../nbs/01b_collect.ipynb #3c75325b
+class QuickRollouts(PPO):
+    "PPO whose rollouts take fewer calls; on CPU, with a `QuickPolicy`."
+
+    policy: QuickPolicy
+    num_timesteps: int
+    _last_obs: Any
+    _last_episode_starts: Any
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        "Fill the buffer with so many steps of each stream; False where the callback stops it."
+        buffer, space = rollout_buffer, self.action_space
+        buffer.reset()
+        callback.on_rollout_start()
+        limits: list[tuple[int, int, np.ndarray]] = []  # step, stream, final observation
+        for step in range(n_rollout_steps):
+            with torch.no_grad():
+                action = self.policy.act(torch.as_tensor(self._last_obs)).numpy()
+            buffer.observations[step] = self._last_obs
+            buffer.episode_starts[step] = self._last_episode_starts
+            buffer.actions[step] = action.reshape(env.num_envs, -1)
+            box = isinstance(space, gym.spaces.Box)
+            executed = np.clip(action, space.low, space.high) if box else action
+            self._last_obs, buffer.rewards[step], done, infos = env.step(executed)
+            for index in map(int, np.flatnonzero(done)):
+                if infos[index]["TimeLimit.truncated"]:
+                    limits.append((step, index, infos[index]["terminal_observation"]))
+            self._last_episode_starts, self.num_timesteps = done, self.num_timesteps + env.num_envs
+            if not callback.on_step():
+                return False
+        self.judge(buffer, limits)
+        callback.on_rollout_end()
+        return True
+
+    @torch.no_grad()
+    def judge(self, buffer: RolloutBuffer, limits: list[tuple[int, int, np.ndarray]]) -> None:
+        "Values, log-probabilities and advantages of a rollout, all rows in one call."
+        shape, tensor = buffer.rewards.shape, torch.from_numpy
+        rows = tensor(buffer.observations).flatten(0, 1)
+        action = tensor(buffer.actions).flatten(0, 1)
+        action = action.flatten().long() if self.policy.discrete else action
+        chance = self.policy.log_probability(self.policy.law(rows), action)
+        buffer.log_probs = chance.view(shape).numpy()
+        buffer.values = self.policy.value(rows).view(shape).numpy()
+        if limits:  # an episode that was cut off would have gone on: its last state has a value
+            step, stream, final = zip(*limits, strict=True)
+            worth = self.policy.value(tensor(np.stack(final))).numpy()
+            buffer.rewards[step, stream] += self.gamma * worth
+        buffer.pos, buffer.full = shape[0], True
+        last = self.policy.value(torch.as_tensor(self._last_obs))
+        buffer.compute_returns_and_advantage(last, self._last_episode_starts)
 
 # %% ../nbs/01b_collect.ipynb #fd019628
 def in_one_vector(
@@ -296,11 +357,9 @@ def in_one_vector(
         parameter.grad = gradient[own].view_as(parameter)
     return whole, gradients
 
-
-class QuickPPO(PPO):
-    "PPO with a `QuickPolicy`: the settings of Stable-Baselines3 that `CollectConfig` has."
-
-    policy: QuickPolicy
+# %% ../nbs/01b_collect.ipynb #0826ecc8
+class QuickPPO(QuickRollouts):
+    "PPO whose rollouts and updates take fewer calls; on CPU, with a `QuickPolicy`."
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -323,8 +382,7 @@ class QuickPPO(PPO):
     def loss(self, rows: tuple[torch.Tensor, ...], clip: float) -> torch.Tensor:
         "Of one minibatch: the clipped surrogate, the squared error of the values, the entropy."
         observation, action, before, advantage, returns = rows
-        law = network(self.policy.actor, observation)
-        law = law.log_softmax(-1) if self.policy.discrete else law
+        law = self.policy.law(observation)
         if len(advantage) > 1:
             advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         ratio = torch.exp(self.policy.log_probability(law, action) - before)
@@ -332,8 +390,7 @@ class QuickPPO(PPO):
         loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
         if self.ent_coef:
             loss = loss - self.ent_coef * self.policy.entropy(law)
-        values = network(self.policy.critic, observation).flatten()
-        return loss + self.vf_coef * mse_loss(values, returns)
+        return loss + self.vf_coef * mse_loss(self.policy.value(observation), returns)
 
     def train(self) -> None:
         "All epochs of one update. Raises `ValueError` where the weights are no numbers any more."

@@ -84,17 +84,25 @@ def reference(tmp_path_factory):
 
 
 class Acting(BaseCallback):
-    "Keeps the log-probabilities that PPO itself computed when it acted."
+    "Keeps the log-probabilities of the actions by Stable-Baselines3 itself, when they are drawn."
 
     def __init__(self):
         super().__init__()
         self.log_probabilities = []
 
+    def _init_callback(self):
+        policy = self.model.policy
+        act = policy.act
+
+        def spied(observation):
+            action = act(observation)
+            self.log_probabilities.append(policy.evaluate_actions(observation, action)[1].numpy())
+            return action
+
+        policy.act = spied
+
     def _on_step(self):
         return True
-
-    def _on_rollout_end(self):
-        self.log_probabilities.append(self.model.rollout_buffer.log_probs.T.copy())
 
 
 def log_probability(history):
@@ -122,7 +130,7 @@ def test_recorded_distribution_is_the_one_that_acted(tmp_path, task, normalise):
             acting = Acting()
             model.learn(4 * 60, [HistoryCallback(recorder, writer), acting])
     history = open_history(tmp_path / "run")
-    expected = np.concatenate(acting.log_probabilities, axis=1)
+    expected = np.stack(acting.log_probabilities, axis=1)
     np.testing.assert_allclose(log_probability(history), expected, rtol=0, atol=1e-5)
     assert validate(tmp_path / "run") == []
     assert len({part.tobytes() for part in np.split(expected, 4, axis=1)}) == 4  # PPO has moved
@@ -168,9 +176,9 @@ def test_an_update_is_that_of_stable_baselines(monkeypatch, task):
     monkeypatch.setattr(collection, "QuickPPO", PPO)
     monkeypatch.setattr(collection, "QuickPolicy", "MlpPolicy")
     theirs = one_update(config)
-    for name in ("begun", "observations", "actions", "rewards", "random"):
+    for name in ("begun", "observations", "actions", "episode_starts", "random"):
         assert np.array_equal(ours[name], theirs[name]), name
-    for name in ("values", "log_probs", "advantages", "weights"):
+    for name in ("rewards", "values", "log_probs", "advantages", "weights"):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5, err_msg=name)
     assert np.abs(ours["weights"] - ours["begun"]).max() > 1e-3
     assert ours["kind"] != theirs["kind"]
@@ -183,9 +191,9 @@ def one_update(config):
         weights = [vector(model.policy)]
         model.learn(config.streams * config.steps_per_update, log_interval=None)
         draws = [*torch.rand(3).tolist(), np.random.rand()]
-    names = ("observations", "actions", "rewards", "values", "log_probs", "advantages")
+    names = ("observations", "actions", "episode_starts", "rewards", "values", "log_probs")
     buffer = model.rollout_buffer
-    columns = {name: getattr(buffer, name) for name in names}
+    columns = {name: getattr(buffer, name) for name in (*names, "advantages")}
     for name, column in columns.items():
         if column.shape[:2] == (config.steps_per_update, config.streams):
             columns[name] = buffer.swap_and_flatten(column)  # as training leaves the others
