@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Layers', 'CollectConfig', 'GymnasiumVecEnv', 'Recorder', 'policy_distribution', 'HistoryCallback', 'network',
-           'QuickPolicy', 'QuickRollouts', 'in_one_vector', 'QuickPPO', 'run_seeds', 'own_generators', 'make_ppo',
-           'is_complete', 'collect_run', 'Progress', 'updates_done', 'collect_config', 'collect', 'collect_all',
-           'histories_folder', 'planned_runs', 'run_missing', 'run_folders', 'learning_curves', 'plot_learning_curves']
+           'QuickPolicy', 'QuickRollouts', 'in_one_vector', 'QuickPPO', 'run_seeds', 'own_generators', 'ppo_settings',
+           'make_ppo', 'new_history', 'is_complete', 'collect_run', 'Progress', 'updates_done', 'collect_config',
+           'collect', 'collect_all', 'histories_folder', 'planned_runs', 'run_missing', 'run_folders',
+           'learning_curves', 'plot_learning_curves']
 
 # %% ../nbs/01b_collect.ipynb #102cc8ce
 import difflib
@@ -431,29 +432,43 @@ def own_generators(seed: int) -> Iterator[None]:
         np.random.set_state(array)
 
 # %% ../nbs/01b_collect.ipynb #5e02dbae
+def ppo_settings(config: CollectConfig) -> dict[str, Any]:
+    "The arguments of `PPO` beside the policy and the environments."
+    rate, architecture = config.learning_rate, {"net_arch": [config.width] * 2}
+    return {
+        "learning_rate": (lambda left: rate * left) if config.learning_rate_decay else rate,
+        "n_steps": config.steps_per_update,
+        "batch_size": config.batch_size,
+        "n_epochs": config.epochs,
+        "gamma": config.gamma,
+        "gae_lambda": config.gae_lambda,
+        "clip_range": config.clip,
+        "ent_coef": config.entropy,
+        "vf_coef": config.value_weight,
+        "max_grad_norm": config.max_gradient,
+        "policy_kwargs": architecture | {"log_std_init": config.log_std},
+        "device": "cpu",
+    }
+
+
 def make_ppo(config: CollectConfig, run: int) -> tuple[QuickPPO, Recorder]:
     "PPO for run `run`, and its recorder. Call it within `own_generators`."
     envs = make_vector_env(config.task, config.streams)
     recorder = Recorder(GymnasiumVecEnv(envs, run_seeds(config, run)[1:]), config.task)
     seen = VecNormalize(recorder, gamma=config.gamma) if config.normalise else recorder
-    rate = config.learning_rate
-    model = QuickPPO(
-        QuickPolicy,
-        seen,
-        learning_rate=(lambda left: rate * left) if config.learning_rate_decay else rate,
-        n_steps=config.steps_per_update,
-        batch_size=config.batch_size,
-        n_epochs=config.epochs,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip,
-        ent_coef=config.entropy,
-        vf_coef=config.value_weight,
-        max_grad_norm=config.max_gradient,
-        policy_kwargs={"net_arch": [config.width] * 2, "log_std_init": config.log_std},
-        device="cpu",
-    )
-    return model, recorder
+    return QuickPPO(QuickPolicy, seen, **ppo_settings(config)), recorder
+
+
+def new_history(
+    config: CollectConfig, run: int, folder: Path | str, recorder: Recorder
+) -> HistoryWriter:
+    "The writer of run `run`, whose history is still empty."
+    plan: dict = {"streams": config.streams, "updates": config.updates}
+    plan |= {"steps_per_update": config.steps_per_update, "task": config.task}
+    plan |= {"config": replace(config, task=find_task(config.task).name)}
+    plan |= {"observation_space": recorder.observation_space, "seed": run_seeds(config, run)[0]}
+    plan |= {"action_space": recorder.action_space, "forward_reward": recorder.forward}
+    return HistoryWriter(folder, **plan)
 
 # %% ../nbs/01b_collect.ipynb #79c45521
 def is_complete(folder: Path | str) -> bool:
@@ -471,15 +486,9 @@ def collect_run(config: CollectConfig, run: int, folder: Path | str) -> None:
     with locked(folder):  # a process whose parent was killed may still be writing here
         if is_complete(folder):
             return
-        seed = run_seeds(config, run)[0]
-        with own_generators(seed):
+        with own_generators(run_seeds(config, run)[0]):
             model, recorder = make_ppo(config, run)
-            plan: dict = {"streams": config.streams, "updates": config.updates, "seed": seed}
-            plan |= {"steps_per_update": config.steps_per_update, "task": config.task}
-            named = replace(config, task=find_task(config.task).name)
-            plan |= {"observation_space": recorder.observation_space, "config": named}
-            plan |= {"forward_reward": recorder.forward}
-            with HistoryWriter(folder, action_space=recorder.action_space, **plan) as writer:
+            with new_history(config, run, folder, recorder) as writer:
                 rows = config.updates * config.steps_per_update * config.streams
                 model.learn(rows, HistoryCallback(recorder, writer), log_interval=None)
                 writer.finish()
