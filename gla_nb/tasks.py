@@ -625,7 +625,9 @@ def reported(values: dict, which: np.ndarray) -> dict:
     "Infos of the environments `which` from `values` (number,), as a `SyncVectorEnv` gives them."
     if not which.any():
         return {}
-    shown = {k: np.where(which, v, 0).astype(v.dtype) for k, v in values.items()}
+    shown = {k: v.copy() for k, v in values.items()}
+    if not which.all():  # seldom: an episode has ended
+        shown = {k: np.where(which, v, 0).astype(v.dtype) for k, v in values.items()}
     return shown | {f"_{name}": which.copy() for name in values}
 
 # %% ../nbs/00_tasks.ipynb #11f7687a

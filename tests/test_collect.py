@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict, replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from gla_nb import collect as collection
@@ -82,17 +84,25 @@ def reference(tmp_path_factory):
 
 
 class Acting(BaseCallback):
-    "Keeps the log-probabilities that PPO itself computed when it acted."
+    "Keeps the log-probabilities of the actions by Stable-Baselines3 itself, when they are drawn."
 
     def __init__(self):
         super().__init__()
         self.log_probabilities = []
 
+    def _init_callback(self):
+        policy = self.model.policy
+        act = policy.act
+
+        def spied(observation):
+            action = act(observation)
+            self.log_probabilities.append(policy.evaluate_actions(observation, action)[1].numpy())
+            return action
+
+        policy.act = spied
+
     def _on_step(self):
         return True
-
-    def _on_rollout_end(self):
-        self.log_probabilities.append(self.model.rollout_buffer.log_probs.T.copy())
 
 
 def log_probability(history):
@@ -120,7 +130,7 @@ def test_recorded_distribution_is_the_one_that_acted(tmp_path, task, normalise):
             acting = Acting()
             model.learn(4 * 60, [HistoryCallback(recorder, writer), acting])
     history = open_history(tmp_path / "run")
-    expected = np.concatenate(acting.log_probabilities, axis=1)
+    expected = np.stack(acting.log_probabilities, axis=1)
     np.testing.assert_allclose(log_probability(history), expected, rtol=0, atol=1e-5)
     assert validate(tmp_path / "run") == []
     assert len({part.tobytes() for part in np.split(expected, 4, axis=1)}) == 4  # PPO has moved
@@ -147,6 +157,64 @@ def test_a_replay_of_the_executed_actions_gives_the_recorded_rows(tmp_path, task
         np.testing.assert_array_equal(history.final_observation[:, row], final)
     ends = history.terminated if task == "CartPole-v1" else history.truncated
     assert ends.sum() >= 3
+
+
+UPDATES = {
+    "ant": {"normalise": True, "log_std": -0.7, "entropy": 0.01, "batch_size": 128},
+    "short": {"entropy": 0.05, "batch_size": 100},
+    "swing": {"batch_size": 73, "clip": 0.02, "max_gradient": 0.05},  # the last minibatch has 1 row
+}
+
+
+@pytest.mark.parametrize("task", UPDATES)
+def test_an_update_is_that_of_stable_baselines(monkeypatch, task):
+    "The same rollout and minibatches; after ten epochs the weights differ by rounding alone."
+    warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+    sizes = {"updates": 2, "streams": 8, "steps_per_update": 64, "epochs": 10}
+    config = CollectConfig(task, **sizes | UPDATES[task])
+    ours = one_update(config)
+    monkeypatch.setattr(collection, "QuickPPO", PPO)
+    monkeypatch.setattr(collection, "QuickPolicy", "MlpPolicy")
+    theirs = one_update(config)
+    for name in ("begun", "observations", "actions", "episode_starts", "random"):
+        assert np.array_equal(ours[name], theirs[name]), name
+    for name in ("rewards", "values", "log_probs", "advantages", "weights"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5, err_msg=name)
+    assert np.abs(ours["weights"] - ours["begun"]).max() > 1e-3
+    assert ours["kind"] != theirs["kind"]
+
+
+def one_update(config):
+    "The weights before and after, what the buffer holds, and the next random numbers."
+    with own_generators(3):
+        model = make_ppo(config, 0)[0]
+        weights = [vector(model.policy)]
+        model.learn(config.streams * config.steps_per_update, log_interval=None)
+        draws = [*torch.rand(3).tolist(), np.random.rand()]
+    names = ("observations", "actions", "episode_starts", "rewards", "values", "log_probs")
+    buffer = model.rollout_buffer
+    columns = {name: getattr(buffer, name) for name in (*names, "advantages")}
+    for name, column in columns.items():
+        if column.shape[:2] == (config.steps_per_update, config.streams):
+            columns[name] = buffer.swap_and_flatten(column)  # as training leaves the others
+    about = {"begun": weights[0], "weights": vector(model.policy), "random": draws}
+    return columns | about | {"kind": type(model)}
+
+
+def vector(policy):
+    return torch.nn.utils.parameters_to_vector(policy.parameters()).detach().numpy().copy()
+
+
+def test_weights_that_diverge_cost_one_update(tmp_path, monkeypatch):
+    real = collection.QuickPPO.loss
+
+    def loss(model, rows, clip):
+        return real(model, rows, clip) * (np.nan if model.num_timesteps == 3 * 60 else 1)
+
+    monkeypatch.setattr(collection.QuickPPO, "loss", loss)
+    with pytest.raises(ValueError, match="PPO diverged in update 2: lower its learning rate"):
+        collect_run(CollectConfig("short", updates=5, **SMALL), 0, tmp_path / "run")
+    assert open_history(tmp_path / "run").updates == 3 and validate(tmp_path / "run") == []
 
 
 def test_rewards_of_the_grid_are_those_of_the_grid():
