@@ -578,3 +578,64 @@ def test_the_hub_gets_the_same_files(saved, monkeypatch):
 def test_configurations_survive_json():
     config = GLAConfig(ANT, heads=4, log_std_min=-3.0)
     assert config_from(json.loads(json.dumps(plain(config)))) == config
+
+
+# Attention in strips ---------------------------------------------------------------------------
+
+
+def qkv_and_gradient(attention, qkv, grad):
+    "Output and gradient of attention over `(B, T, 3, H, D)`, float32."
+    qkv = qkv.clone().requires_grad_()
+    y = attention(qkv, transformer.rotations(torch.arange(qkv.shape[1]), qkv.shape[-1], 1e4))
+    y.backward(grad)
+    return torch.cat([y.detach().flatten(), qkv.grad.flatten()]).float()
+
+
+def plain_attention(qkv, rotation):
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    q, k = (transformer.rotate(part, rotation).to(v) for part in (q, k))
+    later = torch.full((q.shape[2], q.shape[2]), -math.inf).triu(1).to(v)
+    return ((q @ k.mT * q.shape[-1] ** -0.5 + later).softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kept", [0, 2**27])
+@pytest.mark.parametrize("length, scores", [(1, 2**20), (63, 2**10), (200, 2**15), (256, 2**20)])
+def test_strips_are_attention(monkeypatch, kept, length, scores):
+    "One strip and several, the last one shorter; several groups, the last one smaller."
+    monkeypatch.setattr(transformer, "KEPT_BYTES", kept)
+    monkeypatch.setattr(transformer, "SCORES", scores)
+    qkv, grad = random_tokens(5, length, 3, 2, 8), random_tokens(5, length, 2, 8, seed=1)
+    ours = qkv_and_gradient(transformer.StripAttention.apply, qkv, grad)
+    exact = qkv_and_gradient(plain_attention, qkv, grad)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # takes its input as it is
+        turns = transformer.rotations(torch.arange(length), 8, 1e4)
+        y = transformer.StripAttention.apply(qkv, turns)
+    assert torch.equal(y.flatten(), ours[: y.numel()])
+
+
+@pytest.mark.parametrize("kept", [0, 2**27])
+def test_strips_in_bfloat16_err_by_its_rounding(monkeypatch, kept):
+    monkeypatch.setattr(transformer, "KEPT_BYTES", kept)
+    qkv = 2 * random_tokens(3, 300, 3, 2, 16).bfloat16()
+    grad = random_tokens(3, 300, 2, 16, seed=1).bfloat16()
+    exact = qkv_and_gradient(plain_attention, qkv.float(), grad.float())
+    errors = [
+        ((qkv_and_gradient(f, qkv, grad) - exact).norm() / exact.norm()).item()
+        for f in (transformer.StripAttention.apply, plain_attention)
+    ]
+    assert errors[0] < 1.2 * errors[1] < 0.02
+
+
+def test_a_block_attends_in_strips_as_it_does_without():
+    agent = make_agent(window=150)
+    tokens, block = random_tokens(2, 150, 32), agent.blocks[0]
+    turns = agent.rotation(torch.arange(150))
+    exact = block.attend(tokens, turns, None)
+    torch.testing.assert_close(block.strips(tokens, turns), exact, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = block.strips(tokens, turns), block.attend(tokens, turns, None)
+    assert ours.dtype == torch.bfloat16
+    errors = [((y.float() - exact).norm() / exact.norm()).item() for y in (ours, plain)]
+    print(errors)
+    assert errors[0] < 2 * errors[1] < 0.03
