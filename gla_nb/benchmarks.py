@@ -644,6 +644,7 @@ def share(sizes: Sizes, count: int, window: int, steps: int, start: float) -> tu
 def among_processes(sizes: Sizes) -> pd.DataFrame:
     "Turns of ours in one process and shared among more."
     from gla_nb.benchmarks import share  # not that of a running notebook, which no process finds
+
     count, window = sizes.meta_lifetimes[-1], sizes.meta_windows[-1]
     steps = max(2 * sizes.meta_slots // (count * window), 2)
     with ExitStack() as stack:
