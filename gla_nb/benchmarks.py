@@ -233,7 +233,7 @@ def physics_alone(config: CollectConfig, run: int, ready: Callable[[], None]) ->
     began = time.perf_counter()
     for action in actions:
         envs.ctrl[:] = action
-        envs.batch.step(nstep=envs.core.frame_skip)
+        envs.batch.step(nstep=envs.substeps)
         height = envs.qpos[:, 2]
         fallen = (height < low) | (height > high)
         envs.batch.state[fallen] = begun[fallen]

@@ -9,8 +9,8 @@ __all__ = ['MOVES', 'DIRECTIONS', 'TASKS', 'AnyTask', 'NUMBERS', 'Measured', 'BU
            'installed', 'names_in', 'function_parts', 'class_parts', 'object_parts', 'parts', 'registered',
            'known_everywhere', 'code_hash', 'registering', 'call_registered', 'check_spaces', 'Bounds',
            'BoundedActions', 'broken', 'as_usual', 'Checked', 'make_env', 'reported', 'BulkPhysics', 'BulkVectorEnv',
-           'AntBulk', 'AntDirBulk', 'HalfCheetahBulk', 'ReacherBulk', 'find_bulk', 'make_vector_env',
-           'final_observations', 'forward_rewards', 'reports_forward', 'check_finite']
+           'AntBulk', 'AntDirBulk', 'HalfCheetahBulk', 'ReacherBulk', 'CartpoleBulk', 'maker_name', 'find_bulk',
+           'make_vector_env', 'final_observations', 'forward_rewards', 'reports_forward', 'check_finite']
 
 # %% ../nbs/00_tasks.ipynb #a79688fd
 import copy
@@ -638,19 +638,22 @@ class BulkPhysics(gym.vector.VectorEnv):
     `TaskError` where the physics fail, or before a reset.
     """
 
+    stage = 0  # of MuJoCo's computations that is brought up to date after each step
+
     def __init__(self, single: gym.Env, number: int, threads: int = 1):
         # Imported here: MuJoCo takes longer to load than all of this package.
         from mujoco.batch import Batch
 
-        core: Any = single.unwrapped  # a MujocoEnv
-        self.single, self.core, self.num_envs = single, core, number
+        self.single, self.num_envs = single, number
+        self.core: Any = single.unwrapped
         self.metadata = single.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space = single.observation_space
         self.single_action_space = single.action_space
         self.observation_space = batch_space(single.observation_space, number)
         self.action_space = batch_space(single.action_space, number)
         self.limit = (single.spec and single.spec.max_episode_steps) or np.inf
-        self.batch = Batch(self.core.model, number, threads)
+        self.model, self.data, self.substeps = self.simulator()
+        self.batch = Batch(self.model, number, threads)
         bound = (self.batch.bind(name) for name in ("qpos", "qvel", "xpos", "ctrl"))
         self.qpos, self.qvel, self.xpos, self.ctrl = bound  # (number, ...), always current
         self.before = np.array(self.place(self.qpos, self.xpos))
@@ -659,6 +662,10 @@ class BulkPhysics(gym.vector.VectorEnv):
             None
         ] * number  # each environment draws its resets from its own
         self.observation = np.zeros(self.observation_space.shape, np.float32)
+
+    def simulator(self) -> tuple[Any, Any, int]:
+        "MuJoCo's model and data of `single`, and how many of its steps make one of the task."
+        return self.core.model, self.core.data, self.core.frame_skip
 
     def place(self, qpos: np.ndarray, xpos: np.ndarray) -> np.ndarray:
         "Place (...) of joints `qpos` (..., nq) and bodies `xpos` (..., bodies, 3)."
@@ -670,9 +677,9 @@ class BulkPhysics(gym.vector.VectorEnv):
 
         self.core.np_random = self.generators[index]
         self.observation[index], _ = self.single.reset(seed=seed)
-        self.generators[index], data = self.core.np_random, self.core.data
+        self.generators[index], data = self.core.np_random, self.data
         integration = mujoco.mjtState.mjSTATE_INTEGRATION
-        mujoco.mj_getState(self.core.model, data, self.batch.state[index], integration)
+        mujoco.mj_getState(self.model, data, self.batch.state[index], integration)
         self.before[index], self.steps[index] = self.place(data.qpos, data.xpos), 0
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -731,7 +738,7 @@ class BulkVectorEnv(BulkPhysics):
             raise TaskError(f"environment {name!r}: {wrong}")
         self.ctrl[:] = action = self.single.get_wrapper_attr("action")(actions)
         try:
-            self.batch.step(nstep=self.core.frame_skip)
+            self.batch.step(nstep=self.substeps, stage=self.stage)
         except RuntimeError as error:
             raise TaskError(f"environment {name!r} raised {error}: repair it") from error
         self.steps += 1
@@ -801,25 +808,71 @@ class ReacherBulk(BulkVectorEnv):
         values = {"reward_dist": distance, "reward_ctrl": control}
         return observation, distance + control, np.zeros(self.num_envs, bool), values
 
+# %% ../nbs/00_tasks.ipynb #0078509b
+class CartpoleBulk(BulkVectorEnv):
+    "DeepMind Control's cart and pole: swingup and balance. Its place is where the cart is."
+
+    stage = 2  # all that depends on positions and velocities
+
+    def __init__(self, single: gym.Env, number: int, threads: int = 1):
+        super().__init__(single, number, threads)
+        self.xmat = self.batch.bind("xmat")  # (number, bodies, 9): rotations, row by row
+        self.limit = min(self.limit, self.core._env._step_limit)
+        self.generators = [np.random.RandomState() for _ in range(number)]
+
+    def simulator(self) -> tuple[Any, Any, int]:
+        physics = self.core._env.physics
+        return physics.model.ptr, physics.data.ptr, self.core._env._n_sub_steps
+
+    def place(self, qpos: np.ndarray, xpos: np.ndarray) -> np.ndarray:
+        return qpos[..., 0]
+
+    def measure(self, action: np.ndarray, before: np.ndarray, after: np.ndarray) -> Measured:
+        from dm_control.utils.rewards import tolerance  # type: ignore[import-untyped]
+
+        if not np.isfinite(action).all():  # DeepMind Control raises here; MuJoCo goes on with 0
+            name = self.single.get_wrapper_attr("name")
+            raise TaskError(f"environment {name!r}: an action is no number")
+        upright, lean = self.xmat[:, 2, 8], self.xmat[:, 2, 2]  # cosine and sine of the angle
+        columns = [after[:, None], upright[:, None], lean[:, None], self.qvel]
+        centred = (1 + tolerance(after, margin=2)) / 2
+        control = tolerance(action[:, 0], margin=1, value_at_margin=0, sigmoid="quadratic")
+        slow = (1 + tolerance(self.qvel[:, 1], margin=5)) / 2
+        reward = (upright + 1) / 2 * ((4 + control) / 5) * slow * centred
+        return np.concatenate(columns, 1), reward, np.zeros(self.num_envs, bool), {}
+
 # %% ../nbs/00_tasks.ipynb #d25c84ad
 BULK = {  # by what the registry says makes the environment: an id may be registered anew
     "gymnasium.envs.mujoco.ant_v4:AntEnv": AntBulk,
     "gla_nb.tasks:AntDirEnv": AntDirBulk,
     "gymnasium.envs.mujoco.half_cheetah_v4:HalfCheetahEnv": HalfCheetahBulk,
     "gymnasium.envs.mujoco.reacher_v4:ReacherEnv": ReacherBulk,
+    "dm_control:cartpole-swingup": CartpoleBulk,
+    "dm_control:cartpole-balance": CartpoleBulk,
 }
 BULK_ARGUMENTS = {"direction", "max_episode_steps"}  # others change what `measure` computes
+
+
+def maker_name(spec: EnvSpec) -> str:
+    "What makes an environment, as `module:name`, `dm_control:domain-task`, or empty."
+    maker: Any = spec.entry_point
+    if isinstance(maker, functools.partial) and maker.func.__module__ == "shimmy.registration":
+        names = maker.keywords
+        maker = f"dm_control:{names.get('domain_name')}-{names.get('task_name')}"
+    return maker if isinstance(maker, str) else ""
 
 
 def find_bulk(task: AnyTask) -> type[BulkVectorEnv] | None:
     "The `BulkVectorEnv` that steps `task`, None where it or one of its arguments is unknown."
     task = find_task(task)
     make = task.make  # type: ignore[attr-defined]  # kept by __post_init__
+    if known_everywhere(task):
+        load_dm_control()
     spec = None if make else gym.spec(task.id)
-    if not spec or not isinstance(spec.entry_point, str) or spec.additional_wrappers:
+    if not spec or spec.additional_wrappers:
         return None
     known = {*spec.kwargs, *task.kwargs} <= BULK_ARGUMENTS
-    return BULK.get(spec.entry_point) if known else None
+    return BULK.get(maker_name(spec)) if known else None
 
 # %% ../nbs/00_tasks.ipynb #9f6d1061
 def make_vector_env(task: AnyTask, number: int, threads: int = 1) -> gym.vector.VectorEnv:

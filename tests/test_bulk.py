@@ -16,6 +16,7 @@ from gla_nb.tasks import (
     Task,
     TaskError,
     find_bulk,
+    find_task,
     make_env,
     make_vector_env,
 )
@@ -24,7 +25,8 @@ SHORT = [
     replace(TASKS[name], kwargs=TASKS[name].kwargs | {"max_episode_steps": 150})
     for name in ("ant", "ant_backward")
 ]  # falls, ends by time, and both at once
-NAMES = ["ant", "ant_forward", "ant_backward", *SHORT, "HalfCheetah-v4", "Reacher-v4"]
+CARTS = ["cartpole-swingup", "cartpole-balance"]
+NAMES = ["ant", "ant_forward", "ant_backward", *SHORT, "HalfCheetah-v4", "Reacher-v4", *CARTS]
 
 
 def loop(task, number):
@@ -35,8 +37,9 @@ def assert_same(ours, theirs, where):
     "Types, shapes and bits of what `reset` and `step` return, part by part."
     assert type(ours) is type(theirs), where
     if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in theirs:
+        keys = [key for key in theirs if "timestep." not in key]  # DeepMind's own are left out
+        assert ours.keys() == set(keys), where
+        for key in keys:
             assert_same(ours[key], theirs[key], f"{where} {key}")
     elif isinstance(theirs, tuple | list) or getattr(theirs, "dtype", "") == "O":
         assert len(ours) == len(theirs), where
@@ -66,7 +69,7 @@ def noise(envs, steps, extreme=False):
         values = np.float32([-1e30, -np.inf, -1, -0.0, 1, np.inf, 1e30])
         return generator.choice(values, shape)
     strength = np.linspace(0, 3, envs.num_envs)[:, None] if envs.num_envs > 1 else 0.5
-    return (generator.normal(size=shape) * strength).astype(np.float32)
+    return (generator.normal(size=shape) * strength).astype(envs.action_space.dtype)
 
 
 @pytest.mark.parametrize("number", [1, 3, 8])
@@ -84,12 +87,13 @@ def test_noise_of_any_strength_gives_equal_steps(task, number):
     assert late > 0 or number == 8 or (ants and number == 1)
 
 
-@pytest.mark.parametrize("task", ["ant", "ant_backward", "HalfCheetah-v4", "Reacher-v4"])
+@pytest.mark.parametrize("task", ["ant", "ant_backward", "HalfCheetah-v4", "Reacher-v4", *CARTS])
 def test_extreme_actions_and_seeds_of_all_kinds(task):
-    for seeds in (3, [2**32, None, 7], np.array([1, 1, 2]).tolist()):
+    large = 2**32 - (task in CARTS)  # the seeds of DeepMind Control end there
+    for seeds in (3, [large, None, 7], np.array([1, 1, 2]).tolist()):
         ours, theirs = make_vector_env(task, 3), loop(task, 3)
-        ours.generators[1] = np.random.default_rng(9)  # what None goes on with
-        theirs.envs[1].unwrapped.np_random = np.random.default_rng(9)
+        kind = np.random.RandomState if task in CARTS else np.random.default_rng
+        ours.generators[1], theirs.envs[1].unwrapped.np_random = kind(9), kind(9)  # None goes on
         assert_steps_are_equal(ours, theirs, noise(ours, 200, extreme=True), seeds)
         again = [env.step(noise(ours, 1)[0])[0] for env in (ours, theirs)]
         assert_same(*again, "one more step")
@@ -106,6 +110,17 @@ def test_actions_that_are_no_numbers_and_of_other_kinds(tmp_path, monkeypatch):
         for action in noise(ours, 5):
             action = action.astype(kind) if kind is np.float64 else kind(action)
             assert_same(ours.step(action), theirs.step(action), str(kind))
+
+
+@pytest.mark.parametrize("task", CARTS)
+def test_a_cart_that_is_cut_off_early_and_an_action_that_is_no_number(task):
+    short = replace(find_task(task), kwargs={"max_episode_steps": 40})
+    ours, theirs = make_vector_env(short, 2), loop(short, 2)
+    assert assert_steps_are_equal(ours, theirs, noise(ours, 100), [1, 2]).tolist() == [0, 4]
+    with pytest.raises(TaskError, match=f"'{short.name}'"):
+        theirs.step(np.array([[0.0], [np.nan]]))
+    with pytest.raises(TaskError, match=f"'{short.name}': an action is no number"):
+        ours.step(np.array([[0.0], [np.nan]]))
 
 
 def test_some_environments_begin_anew():
@@ -200,18 +215,21 @@ def test_failures_name_the_environment(monkeypatch):
         envs.step(np.zeros((2, 8), np.float32))
 
 
-def test_both_ways_collect_the_same_history(tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", ["ant", "cartpole-swingup"])
+def test_both_ways_collect_the_same_history(tmp_path, monkeypatch, task):
     sizes = {"streams": 3, "steps_per_update": 60, "batch_size": 60, "epochs": 2, "width": 8}
-    config = CollectConfig(task="ant", updates=2, normalise=True, **sizes)
+    task = replace(find_task(task), kwargs={"max_episode_steps": 50})
+    config = CollectConfig(task, updates=3, normalise=True, **sizes)
     collect_run(config, 0, tmp_path / "bulk")
     monkeypatch.setattr(tasks, "BULK", {})
-    assert find_bulk("ant") is None
+    assert find_bulk(task) is None
     collect_run(config, 0, tmp_path / "loop")
     names = sorted(path.name for path in (tmp_path / "loop").glob("*.npy"))
-    assert "forward_reward.npy" in names
+    assert ("forward_reward.npy" in names) == (task.name == "ant")
     assert names == sorted(path.name for path in (tmp_path / "bulk").glob("*.npy"))
     for name in names:
         one, other = (np.load(tmp_path / way / name) for way in ("bulk", "loop"))
         assert one.dtype == other.dtype and np.array_equal(one, other), name
     history = open_history(tmp_path / "bulk")
-    assert history.updates == 2 and history.terminated.any()
+    assert history.updates == 3 and history.truncated.any()
+    assert history.terminated.any() == (task.name == "ant")
