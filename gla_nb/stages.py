@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOG', 'STREAMS', 'WORK', 'ALONE', 'outputs_folder', 'storage_error', 'make_folder', 'whole', 'write_json',
            'read_json', 'plain', 'config_hash', 'stage_folder', 'versions', 'locked', 'remove_partial', 'is_running',
-           'seed_sequence', 'seed_number', 'Live', 'duration', 'cores', 'SendError', 'check_sendable', 'work_for',
-           'run_parallel', 'cpu_threads']
+           'seed_sequence', 'seed_number', 'Live', 'duration', 'cores', 'SendError', 'check_sendable', 'quietly',
+           'work_for', 'run_parallel', 'cpu_threads']
 
 # %% ../nbs/00b_stages.ipynb #9aeb9667
 import errno
@@ -259,15 +259,23 @@ def check_sendable(calls: Sequence) -> None:
 ALONE = threading.Lock()  # PPO seeds the generators of its process: threads take turns
 
 
+def quietly(call: Callable, *args: Any, **kwargs: Any) -> Any:
+    "The result of a call that shows no progress of its own."
+    WORK.quiet = True
+    try:
+        return call(*args, **kwargs)
+    finally:
+        WORK.quiet = False
+
+
 def work_for(outputs: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
     "The result of a call that shows no progress and writes to the folder `outputs`."
     with ALONE:
         before = os.environ.get("GLA_NB_OUTPUTS")
-        os.environ["GLA_NB_OUTPUTS"], WORK.quiet = outputs, True
+        os.environ["GLA_NB_OUTPUTS"] = outputs
         try:
-            return call(*args, **kwargs)
+            return quietly(call, *args, **kwargs)
         finally:
-            WORK.quiet = False
             del os.environ["GLA_NB_OUTPUTS"]
             if before is not None:
                 os.environ["GLA_NB_OUTPUTS"] = before
