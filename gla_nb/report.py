@@ -100,6 +100,7 @@ VARIABLES = {
     "GLA_NB_QUIET": "no progress displays",
     "IN_TEST": "run notebooks work at the scale smoke",
     "RANK": "number of this process among those of torchrun",
+    "OMP_NUM_THREADS": "threads of torch, and of the physics beside a GPU",
     "MUJOCO_GL": "how MuJoCo draws",
     "DISPLAY": "there is a display",
     "WAYLAND_DISPLAY": "there is a display",

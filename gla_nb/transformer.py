@@ -211,9 +211,7 @@ class Block(nn.Module):
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def project(
-        self, x: torch.Tensor, rotation: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor, rotation: torch.Tensor) -> tuple[torch.Tensor, ...]:
         "Queries, keys, values `(..., heads, head_dim)`; rotation `(..., 1, 1, head_dim / 2)`."
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, self.shape)
         turning, values = qkv.split((2, 1), -3)
@@ -227,15 +225,12 @@ class Block(nn.Module):
         self, x: torch.Tensor, rotation: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         "`x (B, T, width)`; mask `(T, T)`, or None for plain causal attention."
-        y = self.strips(x, rotation) if mask is None and x.device.type == "cpu" else None
-        y = self.attend(x, rotation, mask) if y is None else y
+        if mask is None and x.device.type == "cpu":
+            qkv = self.qkv(self.attention_norm(x)).unflatten(-1, self.shape)
+            y = StripAttention.apply(qkv, rotation.flatten(0, 2))
+        else:
+            y = self.attend(x, rotation, mask)
         return self.mlp(x + self.out(y.flatten(-2)))
-
-    def strips(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-        "Plain causal attention `(B, T, heads, head_dim)` on a CPU."
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, self.shape)
-        y: torch.Tensor = StripAttention.apply(qkv, rotation.flatten(0, 2))
-        return y
 
     def attend(
         self, x: torch.Tensor, rotation: torch.Tensor, mask: torch.Tensor | None

@@ -172,7 +172,8 @@ def test_a_notebook_imports_only_lower_numbers(notebook):
     for cell in cells(notebook):
         if re.search(r"^#\|\s*export", cell, re.M):
             for name in imported_modules(cell):
-                assert order[name] < here, f"imports {name}, which comes later"
+                # Its own twin: processes cannot find the functions of a running notebook.
+                assert order[name] <= here, f"imports {name}, which comes later"
 
 
 # -- package -----------------------------------------------------------------------------------
