@@ -97,9 +97,8 @@ def test_waiting_for_another_process_is_said(tmp_path):
 
 def test_leftovers_of_a_killed_process_are_said_to_be_removed(tmp_path, caplog):
     caplog.set_level(logging.INFO, "gla_nb")
-    (
-        tmp_path / f".log.{platform.node()}.{2**22 + 1}.csv"
-    ).touch()  # beyond the largest process number of Linux
+    process = 2**22 + 1  # beyond the largest number of Linux
+    (tmp_path / f".log.{platform.node()}.{process}.csv").touch()
     with locked(tmp_path):
         pass
     (message,) = [record.getMessage() for record in caplog.records]
