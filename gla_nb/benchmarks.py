@@ -621,7 +621,7 @@ def along_a_lifetime(sizes: Sizes) -> pd.DataFrame:
         first, *others = sizes.meta_lengths
         contestants = {OURS: at(first)}
         contestants |= {f"{OURS}, {length:,} steps into it": at(length) for length in others}
-        case = f"{count} lifetimes, context {window:,}, {first:,} steps into a lifetime"
+        case = f"{count} lifetimes, {window:,}, at step {first:,}"
         return take_turns("meta-testing", case, "environment steps", contestants, sizes.rounds)
 
 # %% ../nbs/20_benchmarks.ipynb #638a8267
@@ -662,7 +662,7 @@ def among_processes(sizes: Sizes) -> pd.DataFrame:
 
         contestants = {OURS: timed(lambda: lives.run(steps))}
         contestants |= {f"{OURS}, {n} processes": shared(n) for n in sizes.meta_processes}
-        case = f"{count} lifetimes, context {window:,}, 1 process"
+        case = f"{count} lifetimes, {window:,}, 1 process"
         return take_turns("meta-testing", case, "environment steps", contestants, sizes.rounds)
 
 # %% ../nbs/20_benchmarks.ipynb #d6c52bdc
@@ -704,7 +704,7 @@ def plot_rates(table: pd.DataFrame) -> "Figure":
 
     cases = list(table.groupby(["stage", "case"], sort=False))
     lines = -(-len(cases) // 3)
-    fig, axes = plt.subplots(lines, 3, figsize=(16, 2.1 * lines), dpi=64, squeeze=False)
+    fig, axes = plt.subplots(lines, 3, figsize=(18, 2.1 * lines), dpi=64, squeeze=False)
     for ax, ((stage, case), part) in zip(axes.flat, cases, strict=False):
         colors = [
             "C2" if name == OURS else "0.8" if name.startswith("limit") else "C0"
@@ -714,14 +714,14 @@ def plot_rates(table: pd.DataFrame) -> "Figure":
         spread = [part["rate"] - part["low"], part["high"] - part["rate"]]
         ax.errorbar(part["rate"], part["name"], xerr=spread, fmt="none", ecolor="0.3", lw=1)
         labels = [
-            f"{row.rate:,.3g}" + ("" if row.name == OURS else f"   ours {row.ratio:.2g} x")
+            f"{row.rate:,.0f}" + ("" if row.name == OURS else f"  (ours {row.ratio:,.2f} x)")
             for row in part.itertuples()
         ]
         ax.bar_label(bars, labels, padding=6, fontsize=8)
         ax.invert_yaxis()
-        ax.set(title=f"{stage}: {case}", xlim=(0, 1.45 * part["high"].max()))
+        ax.set(title=f"{stage}: {case}", xlim=(0, 1.9 * part["high"].max()))
         ax.set_xlabel(f"{part['unit'].iloc[0]} per second", fontsize=8)
-        ax.title.set_fontsize(10)
+        ax.title.set_fontsize(9)
     for ax in axes.flat[len(cases) :]:
         ax.set_axis_off()
     fig.tight_layout()

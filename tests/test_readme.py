@@ -34,6 +34,13 @@ def test_tables_are_those_of_the_figure(name):
     assert (RESULTS / f"{name}.md").read_text().strip() in README
 
 
+def test_speeds_are_those_of_the_benchmark():
+    table = (ROOT / "outputs" / "benchmarks" / "cpu_table.md").read_text().splitlines()
+    section = README.split("## Speed\n")[1].split("\n## ")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 10 and not set(shown) - set(table)
+
+
 def test_pictures_exist():
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
     assert pictures and all((ROOT / picture).stat().st_size > 10_000 for picture in pictures)
