@@ -10,11 +10,11 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'share_of_one', 'Batch', 'make_batch', 'new_projections', 'agent_layout', 'own_dimensions', 'eta_values',
            'sample_batch', 'floor_teacher', 'blurred', 'divergences', 'divergence', 'total', 'segment_losses',
            'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16', 'new_agent', 'check_shapes', 'split_runs',
-           'Trainer', 'new_optimizer', 'train_step', 'evaluate_loss', 'unseen_projections', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card',
-           'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
-           'training_progress', 'Experiment', 'both_ways', 'projected', 'conditioned', 'find_experiment', 'made_by',
-           'ship_agent', 'shipped_agent', 'running_scale']
+           'Trainer', 'new_optimizer', 'optimizer_step', 'batch_of', 'next_batch', 'train_step', 'evaluate_loss',
+           'unseen_projections', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses',
+           'checkpoint_folder', 'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report',
+           'loss_figure', 'read_log', 'train_all', 'training_progress', 'Experiment', 'both_ways', 'projected',
+           'conditioned', 'find_experiment', 'made_by', 'ship_agent', 'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import functools
@@ -23,6 +23,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -734,6 +735,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step, self.log = 0, list[dict]()
         self.losses: list[torch.Tensor] = []
+        self.maker, self.ahead = ThreadPoolExecutor(1), dict[int, Future]()  # batches by step
         self.fixed = self.validation(self.held_out_runs, 0)
         # Known runs and unseen projections: has it learned to learn?
         self.projected = self.validation(self.train_runs, 1) if config.projection else None
@@ -762,9 +764,6 @@ class Trainer:
         return divergences(self.config, self.table.layout.discrete, output, teacher, action)
 
 # %% ../nbs/03_train.ipynb #2f9e878e
-BATCH = 1  # the use of a seed for the batches, beside that for the weights
-
-
 def new_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.AdamW:
     "AdamW; its learning rate is set at each step."
     return torch.optim.AdamW(
@@ -777,15 +776,9 @@ def new_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Ad
     )
 
 
-def train_step(trainer: Trainer) -> None:
-    "One optimiser step on the batch of `(seed, step)`, shared among the processes."
+def optimizer_step(trainer: Trainer, batch: Batch) -> None:
+    "One step on a batch, of which each process has its part."
     config, accelerator = trainer.config, trainer.accelerator
-    rng = np.random.default_rng(seed_sequence("train", config.seed, BATCH, trainer.step))
-    part = slice(accelerator.process_index, None, accelerator.num_processes)
-    batch, _ = sample_batch(
-        config, trainer.table, trainer.train_runs, rng, config.batch, part,
-        one=share_of_one(config, trainer.step),
-    )  # fmt: skip
     count = batch.weight.sum()
     if accelerator.num_processes > 1:  # the mean over the scored tokens of all processes
         count = accelerator.reduce(count, "mean")
@@ -798,6 +791,36 @@ def train_step(trainer: Trainer) -> None:
     trainer.optimizer.step()
     trainer.losses.append(loss.detach())
     trainer.step += 1
+
+# %% ../nbs/03_train.ipynb #033d353a
+BATCH = 1  # the use of a seed for the batches, beside that for the weights
+
+
+def batch_of(trainer: Trainer, step: int) -> Batch:
+    "The batch of `(seed, step)`, or this process's part of it."
+    config, accelerator = trainer.config, trainer.accelerator
+    rng = np.random.default_rng(seed_sequence("train", config.seed, BATCH, step))
+    part = slice(accelerator.process_index, None, accelerator.num_processes)
+    one = share_of_one(config, step)
+    return sample_batch(
+        config, trainer.table, trainer.train_runs, rng, config.batch, part, one=one
+    )[0]
+
+
+def next_batch(trainer: Trainer) -> Batch:
+    "The batch of the trainer's step; on a CPU that of the step after it is begun."
+    step = trainer.step
+    if trainer.device.type != "cpu":
+        return batch_of(trainer, step)
+    begun = trainer.ahead.pop(step, None)
+    batch = begun.result() if begun else batch_of(trainer, step)
+    trainer.ahead = {step + 1: trainer.maker.submit(batch_of, trainer, step + 1)}
+    return batch
+
+
+def train_step(trainer: Trainer) -> None:
+    "One optimiser step on the batch of `(seed, step)`, shared among the processes."
+    optimizer_step(trainer, next_batch(trainer))
 
 # %% ../nbs/03_train.ipynb #1de3279d
 def evaluate_loss(trainer: Trainer) -> dict:

@@ -598,31 +598,43 @@ def plain_attention(qkv, rotation):
     return ((q @ k.mT * q.shape[-1] ** -0.5 + later).softmax(-1) @ v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("kept", [0, 2**27])
+ATTENTIONS = [transformer.StripAttention, transformer.FlashAttention]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("length, scores", [(1, 2**20), (63, 2**10), (200, 2**15), (256, 2**20)])
-def test_strips_are_attention(monkeypatch, kept, length, scores):
+def test_strips_and_flash_are_attention(monkeypatch, attention, length, scores):
     "One strip and several, the last one shorter; several groups, the last one smaller."
-    monkeypatch.setattr(transformer, "KEPT_BYTES", kept)
     monkeypatch.setattr(transformer, "SCORES", scores)
     qkv, grad = random_tokens(5, length, 3, 2, 8), random_tokens(5, length, 2, 8, seed=1)
-    ours = qkv_and_gradient(transformer.StripAttention.apply, qkv, grad)
+    ours = qkv_and_gradient(attention.apply, qkv, grad)
     exact = qkv_and_gradient(plain_attention, qkv, grad)
     torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # takes its input as it is
         turns = transformer.rotations(torch.arange(length), 8, 1e4)
-        y = transformer.StripAttention.apply(qkv, turns)
+        y = attention.apply(qkv, turns)
     assert torch.equal(y.flatten(), ours[: y.numel()])
 
 
-@pytest.mark.parametrize("kept", [0, 2**27])
-def test_strips_in_bfloat16_err_by_its_rounding(monkeypatch, kept):
-    monkeypatch.setattr(transformer, "KEPT_BYTES", kept)
+def test_strips_are_for_what_may_be_kept(monkeypatch):
+    qkv, used = random_tokens(5, 32, 3, 2, 8), []
+    for attention in ATTENTIONS:
+        monkeypatch.setattr(attention, "apply", lambda *_, a=attention: used.append(a))
+    turns = transformer.rotations(torch.arange(32), 8, 1e4)
+    for kept in 5 * 2 * 32**2 * 4, 5 * 2 * 32**2 * 4 - 1:
+        monkeypatch.setattr(transformer, "KEPT_BYTES", kept)
+        transformer.causal_attention(qkv, turns)
+    assert used == ATTENTIONS
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_attention_in_bfloat16_errs_by_its_rounding(attention):
     qkv = 2 * random_tokens(3, 300, 3, 2, 16).bfloat16()
     grad = random_tokens(3, 300, 2, 16, seed=1).bfloat16()
     exact = qkv_and_gradient(plain_attention, qkv.float(), grad.float())
     errors = [
         ((qkv_and_gradient(f, qkv, grad) - exact).norm() / exact.norm()).item()
-        for f in (transformer.StripAttention.apply, plain_attention)
+        for f in (attention.apply, plain_attention)
     ]
     assert errors[0] < 1.2 * errors[1] < 0.02
 
