@@ -6,9 +6,10 @@
 __all__ = ['Work', 'TURNS', 'OURS', 'SIZES_OF', 'timed', 'take_turns', 'rates', 'Sizes', 'meet', 'collect_ours',
            'collect_unrecorded', 'steps_of', 'stock_env', 'collect_stock', 'physics_alone', 'collection_work',
            'collection_turns', 'Between', 'GPT2', 'Encoder', 'peer_step', 'finished', 'products_per_transition',
-           'large_product', 'training_turns', 'meta_agent', 'enter', 'Lives', 'Peer', 'Recomputed', 'Rolled',
-           'HuggingFace', 'reading_once', 'ants_alone', 'begun', 'beside_peers', 'along_a_lifetime', 'lives_here',
-           'share', 'among_processes', 'meta_test_turns', 'rates_table', 'plot_rates', 'device_name', 'machine']
+           'large_product', 'own_steps', 'training_turns', 'meta_agent', 'enter', 'Lives', 'Peer', 'Recomputed',
+           'Rolled', 'HuggingFace', 'reading_once', 'ants_alone', 'begun', 'beside_peers', 'along_a_lifetime',
+           'lives_here', 'share', 'among_processes', 'meta_test_turns', 'rates_table', 'plot_rates', 'device_name',
+           'machine']
 
 # %% ../nbs/20_benchmarks.ipynb #702592e8
 import functools
@@ -53,7 +54,16 @@ from .projections import TokenLayout
 from .report import devices, memory, processor
 from .stages import cores, cpu_threads, outputs_folder
 from .tasks import find_task, make_vector_env
-from .train import Trainer, divergences, find_experiment, new_optimizer, total, train_step
+from gla_nb.train import (
+    Trainer,
+    batch_of,
+    divergences,
+    find_experiment,
+    new_optimizer,
+    optimizer_step,
+    total,
+    train_step,
+)
 from .transformer import Block, Cache, GLAConfig, bounded
 
 if TYPE_CHECKING:
@@ -376,6 +386,27 @@ def large_product(trainer: Trainer, size: int) -> Callable[[], float]:
     return product
 
 # %% ../nbs/20_benchmarks.ipynb #df5b08c5
+def own_steps(trainer: Trainer) -> dict[str, Callable[[], float]]:
+    "Our optimiser step, on batches that are made in three ways."
+
+    def step_with(step: Callable[[], None]) -> Callable[[], float]:
+        def run() -> float:
+            step()
+            return finished(trainer, trainer.config.batch * trainer.config.tokens)
+
+        return run
+
+    return {
+        OURS: step_with(lambda: train_step(trainer)),
+        f"{OURS}, batches made in between": step_with(
+            lambda: optimizer_step(trainer, batch_of(trainer, trainer.step))
+        ),
+        "limit: ours on a batch that is ready": step_with(
+            lambda: optimizer_step(trainer, trainer.fixed[0])
+        ),
+    }
+
+
 def training_turns(sizes: Sizes) -> pd.DataFrame:
     "Optimiser steps of the Ant experiment, at each context, beside peers and the matrix product."
     scale = sizes.training_scale
@@ -389,12 +420,7 @@ def training_turns(sizes: Sizes) -> pd.DataFrame:
             trainer = Trainer(config, tasks, outputs_folder() / "benchmarks")
             shape = trainer.agent.config
 
-            def ours(trainer: Trainer = trainer) -> float:
-                train_step(trainer)
-                return finished(trainer, trainer.config.batch * trainer.config.tokens)
-
-            contestants = {
-                OURS: ours,
+            contestants = own_steps(trainer) | {
                 "Hugging Face GPT-2": peer_step(trainer, GPT2(shape)),
                 "torch.nn.TransformerEncoder": peer_step(trainer, Encoder(shape)),
                 "limit: bfloat16 matrix product": large_product(
