@@ -6,10 +6,10 @@
 __all__ = ['Work', 'TURNS', 'OURS', 'SIZES_OF', 'timed', 'take_turns', 'rates', 'Sizes', 'meet', 'collect_ours',
            'collect_unrecorded', 'steps_of', 'stock_env', 'collect_stock', 'physics_alone', 'collection_work',
            'collection_turns', 'Between', 'GPT2', 'Encoder', 'peer_step', 'finished', 'products_per_transition',
-           'large_product', 'own_steps', 'training_turns', 'meta_agent', 'enter', 'Lives', 'Peer', 'Recomputed',
-           'Rolled', 'HuggingFace', 'reading_once', 'ants_alone', 'begun', 'beside_peers', 'along_a_lifetime',
-           'lives_here', 'share', 'among_processes', 'meta_test_turns', 'rates_table', 'plot_rates', 'device_name',
-           'machine']
+           'large_product', 'again', 'own_steps', 'training_turns', 'meta_agent', 'enter', 'Lives', 'Peer',
+           'Recomputed', 'Rolled', 'HuggingFace', 'reading_once', 'ants_alone', 'begun', 'beside_peers',
+           'along_a_lifetime', 'lives_here', 'share', 'among_processes', 'meta_test_turns', 'rates_table', 'plot_rates',
+           'device_name', 'machine']
 
 # %% ../nbs/20_benchmarks.ipynb #702592e8
 import functools
@@ -133,6 +133,7 @@ class Sizes:
     # Training
     training_scale: str = "cpu"  # of the Ant experiment
     training_contexts: tuple[int, ...] = (512, 2048, 8192)  # tokens; as many tokens in each step
+    training_steps: int = 2  # of one turn
 
     # Meta-testing
     meta_network: tuple[int, int, int] = (3, 128, 4)  # layers, width, heads
@@ -386,6 +387,11 @@ def large_product(trainer: Trainer, size: int) -> Callable[[], float]:
     return product
 
 # %% ../nbs/20_benchmarks.ipynb #df5b08c5
+def again(work: Callable[[], float], times: int) -> Callable[[], float]:
+    "The work so many times: the units of all."
+    return lambda: sum(work() for _ in range(times))
+
+
 def own_steps(trainer: Trainer) -> dict[str, Callable[[], float]]:
     "Our optimiser step, on batches that are made in three ways."
 
@@ -429,7 +435,11 @@ def training_turns(sizes: Sizes) -> pd.DataFrame:
             }
             turns.append(take_turns(
                 "training", f"context {context:,}", "transitions",
-                {name: timed(work) for name, work in contestants.items()}, sizes.rounds,
+                {
+                    name: timed(again(work, sizes.training_steps))
+                    for name, work in contestants.items()
+                },
+                sizes.rounds,
             ))  # fmt: skip
     return pd.concat(turns, ignore_index=True)
 

@@ -814,7 +814,8 @@ def next_batch(trainer: Trainer) -> Batch:
         return batch_of(trainer, step)
     begun = trainer.ahead.pop(step, None)
     batch = begun.result() if begun else batch_of(trainer, step)
-    trainer.ahead = {step + 1: trainer.maker.submit(batch_of, trainer, step + 1)}
+    if step + 1 < trainer.config.steps:
+        trainer.ahead = {step + 1: trainer.maker.submit(batch_of, trainer, step + 1)}
     return batch
 
 

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
+import nbformat
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from nbformat.v4 import new_code_cell, new_notebook
 
 from gla_nb.agent import GLA
 from gla_nb.collect import CollectConfig, collect, run_folders
@@ -61,7 +63,8 @@ def test_examples_run_as_printed(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "example"}
     for block in fenced(path.read_text(encoding="utf-8"), "python"):
-        exec(compile(block, path.name, "exec"), names)
+        if "notebook_launcher(" not in block:  # for a fresh kernel, and a test of its own
+            exec(compile(block, path.name, "exec"), names)
     printed = capsys.readouterr().out
     if path.stem == "extending":
         first, last = map(float, re.findall(r"episode ([\d.]+), last ([\d.]+)", printed)[0])
@@ -106,6 +109,26 @@ def test_the_script_for_torchrun_trains_one_agent_in_two_processes(tmp_path):
     (agent,) = tmp_path.glob("checkpoints/*/agent")
     assert done.stdout.count(str(agent)) == 2  # torchrun does not buffer: lines may mix
     assert GLA.from_pretrained(agent).about["gap"] == 4
+
+
+def test_a_notebook_launches_two_processes(tmp_path):
+    source = next(b for b in fenced(guide("scaling"), "python") if "notebook_launcher(" in b)
+    cells = [
+        "import logging\n\nlogging.basicConfig(level='INFO')",
+        source,
+        "print(agent.about['gap'])",
+    ]
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(notebook, tmp_path / "launch.ipynb")
+    command = [sys.executable, "-m", "papermill", "launch.ipynb", "done.ipynb"]
+    environment = os.environ | {"GLA_NB_OUTPUTS": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, launch, last = nbformat.read(tmp_path / "done.ipynb", 4).cells
+    assert "Launching training on 2 " in str(launch.outputs)
+    assert "reusing the agent" in str(launch.outputs)  # the processes made it
+    assert last.outputs[0].text == "4\n"
 
 
 # -- messages ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from gla_nb.train import (
     OBJECTIVES,
     TrainConfig,
     Trainer,
+    batch_of,
     checkpoint_folder,
     divergence,
     eta_values,
@@ -36,6 +38,8 @@ from gla_nb.train import (
     load_checkpoint,
     make_batch,
     new_agent,
+    next_batch,
+    optimizer_step,
     plan_batch,
     read_checkpoint,
     read_log,
@@ -666,6 +670,36 @@ def test_two_processes_share_the_batch_and_give_the_loss_curve_of_one(
     first, second = (load_file(a / "model.safetensors") for a in (agent, trained["short"]))
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-4)
+
+
+def test_batches_made_ahead_are_those_of_their_steps(histories, outputs):
+    ahead, in_turn = (Trainer(TINY, [histories["short"]], outputs) for _ in range(2))
+    for _ in range(3):
+        train_step(ahead)
+        optimizer_step(in_turn, batch_of(in_turn, in_turn.step))
+    assert [*ahead.ahead] == [3] and not in_turn.ahead
+    for one, two in zip(ahead.agent.parameters(), in_turn.agent.parameters(), strict=True):
+        assert torch.equal(one, two)
+    ahead.step = 1  # as a checkpoint may set it; what was made for step 3 is not for this one
+    assert torch.equal(next_batch(ahead).tokens, batch_of(in_turn, 1).tokens)
+    assert [*ahead.ahead] == [2]
+
+
+def test_an_error_in_a_batch_made_ahead_is_raised_at_its_step(histories, outputs, monkeypatch):
+    trainer = Trainer(TINY, [histories["short"]], outputs)
+    real, made = training.batch_of, []
+
+    def broken(trainer, step):
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        if step == 1:
+            raise ValueError("the disk is gone")
+        return real(trainer, step)
+
+    monkeypatch.setattr(training, "batch_of", broken)
+    train_step(trainer)
+    with pytest.raises(ValueError, match="the disk is gone"):
+        train_step(trainer)
+    assert made == [(0, True), (1, False)] and trainer.step == 1
 
 
 # Interruptions

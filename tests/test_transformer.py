@@ -616,14 +616,13 @@ def test_strips_and_flash_are_attention(monkeypatch, attention, length, scores):
     assert torch.equal(y.flatten(), ours[: y.numel()])
 
 
-def test_strips_are_for_what_may_be_kept(monkeypatch):
-    qkv, used = random_tokens(5, 32, 3, 2, 8), []
+def test_strips_are_for_short_sequences(monkeypatch):
+    used = []
     for attention in ATTENTIONS:
         monkeypatch.setattr(attention, "apply", lambda *_, a=attention: used.append(a))
-    turns = transformer.rotations(torch.arange(32), 8, 1e4)
-    for kept in 5 * 2 * 32**2 * 4, 5 * 2 * 32**2 * 4 - 1:
-        monkeypatch.setattr(transformer, "KEPT_BYTES", kept)
-        transformer.causal_attention(qkv, turns)
+    for length in transformer.SHORT, transformer.SHORT + 1:
+        turns = transformer.rotations(torch.arange(length), 8, 1e4)
+        transformer.causal_attention(torch.zeros(1, length, 3, 1, 8), turns)
     assert used == ATTENTIONS
 
 
