@@ -73,8 +73,8 @@ def direction_controls(row: Experiment, curves: dict, hidden: Path | str) -> dic
     return found
 
 # %% ../nbs/11_figure4.ipynb #2ed24616
-FIRST_WINDOW = (0, 2)  # bins, in a lifetime of 16 windows
-FIRST_HALF = (0, 4, 12, 16)  # bins of the first and the last quarter of its first 8 windows
+FIRST_WINDOW = (0, 4)  # bins, in a lifetime of 8 windows
+FIRST_HALF = (0, 4, 12, 16)  # bins of the first and the last of its first 4 windows
 
 
 def direction_claims(gap: int | str) -> list[Claim]:

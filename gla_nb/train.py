@@ -1146,7 +1146,7 @@ def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
     By the forward KL alone an agent that cannot tell the direction yet acts with wide noise, and
     finds out; with the reverse it is narrow, stands still, and never does.
     """
-    train = replace(row.train, gap=gap, objective="forward", turned=0.3, **changes)
+    train = replace(row.train, gap=gap, objective="forward", turned=0.5, **changes)
     return replace(row, tasks=BOTH_WAYS, train=train, gaps=(gap,))
 
 
@@ -1182,7 +1182,7 @@ EXPERIMENTS = {
         projected(ANT_PAPER), lifetimes=32, interactions=64_000, control_interactions=32_000
     ),
     ("ant_dir", "smoke"): both_ways(ANT_SMOKE, gap=2),
-    ("ant_dir", "cpu"): both_ways(ANT, gap=256, steps=700),
+    ("ant_dir", "cpu"): both_ways(ANT, gap=256, steps=700, tokens=1024, batch=16),
     ("ant_dir", "paper"): both_ways(ANT_PAPER, gap=256),
     ("grid", "smoke"): Experiment(
         replace(GRID.collect, runs=3, updates=12),
