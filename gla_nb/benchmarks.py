@@ -758,6 +758,7 @@ def plot_rates(table: pd.DataFrame) -> "Figure":
         ax.set(title=f"{stage}: {case}", xlim=(0, 1.9 * part["high"].max()))
         ax.set_xlabel(f"{part['unit'].iloc[0]} per second", fontsize=8)
         ax.title.set_fontsize(9)
+        ax.locator_params(axis="x", nbins=4)
     for ax in axes.flat[len(cases) :]:
         ax.set_axis_off()
     fig.tight_layout()
