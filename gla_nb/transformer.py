@@ -166,7 +166,7 @@ def turned_back(sums: torch.Tensor, rotation: torch.Tensor, into: torch.Tensor) 
     parts = sums.to(into.dtype).view(3, len(into), -1, *sums.shape[-2:])
     into[:] = parts.permute(1, 3, 0, 2, 4)
 
-
+# %% ../nbs/02b_transformer.ipynb #a7b4a742
 class StripAttention(torch.autograd.Function):
     "Rotated causal attention: `(B, T, 3, H, D)` and rotation `(T, D / 2)` to `(B, T, H, D)`."
 
