@@ -1147,7 +1147,8 @@ def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
     finds out; with the reverse it is narrow, stands still, and never does.
     """
     train = replace(row.train, gap=gap, objective="forward", turned=0.5, **changes)
-    return replace(row, tasks=BOTH_WAYS, train=train, gaps=(gap,))
+    lifetime = 8 * train.tokens  # the claims count windows of attention by their bins
+    return replace(row, tasks=BOTH_WAYS, train=train, gaps=(gap,), interactions=lifetime)
 
 
 def projected(row: Experiment, **changes: Any) -> Experiment:
