@@ -20,7 +20,7 @@ from .agent import GLA, InContext
 from .evaluate import Feedback, Lifetimes, new_actor
 from .films import Recording, lived
 from .tasks import AnyTask, find_task, make_vector_env
-from .transformer import Cache, bounded
+from .transformer import Cache
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,7 +138,6 @@ class Attention:
 
     queries: np.ndarray  # (Q,) tokens that attend
     weights: torch.Tensor  # (layers, heads, Q, N)
-    matching: torch.Tensor | None  # (matching heads, Q, N), of an agent that has some
     outputs: torch.Tensor  # (N, outputs) of the network
 
 
@@ -179,16 +178,9 @@ def attention(
     for block in blocks:
         q, k, v = (part.transpose(0, 1) for part in block.project(x, rotation))  # (H, N, D)
         read, weights = attend(q * q.shape[-1] ** -0.5, k, v, window, queries)
-        x = block.mlp(x + block.out(read.transpose(0, 1).flatten(1)))
+        x = block.finish(x, read.transpose(0, 1))
         layers.append(weights)
-    x = agent.norm(x)
-    outputs, matching = bounded(agent.head(x), agent.config), None
-    if agent.matching:
-        *parts, out = agent.matching.project(x, tokens)
-        q, k, v = (part.transpose(0, 1) for part in parts)
-        read, matching = attend(q, k, v, window, queries)
-        outputs = agent.matched(outputs, (read.transpose(0, 1) * out[..., None]).sum(-2))
-    return Attention(queries, torch.stack(layers), matching, outputs)
+    return Attention(queries, torch.stack(layers), agent.policy(x))
 
 # %% ../nbs/06_attention.ipynb #9713c25b
 def by_age(seen: Attention, context: Context) -> np.ndarray:

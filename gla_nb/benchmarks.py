@@ -541,8 +541,8 @@ class Rolled(Peer):
                 for old, part in zip(cache[layer], new, strict=True)
             ]
             y = F.scaled_dot_product_attention(q[:, :, None], *cache[layer])
-            x = block.mlp(x + block.out(y.flatten(1)))
-        return bounded(agent.head(agent.norm(x)), agent.config)
+            x = block.finish(x, y.squeeze(2))
+        return agent.policy(x)
 
 # %% ../nbs/20_benchmarks.ipynb #f9e2a559
 class HuggingFace(Peer):

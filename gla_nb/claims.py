@@ -41,7 +41,24 @@ PAPER = [  # what the paper says, our figure, and a pattern of our claims
         r"gla_\d gains more than yoked",
     ),
     ("... and by more than without projections", "figure5", r"gla_\d gains more than no_proj"),
+    ("... as the paper's network, a plain Transformer, does not", "figure5", r"plain improves"),
     ("Without projections: no transfer", "figure5", r"no_projection.* does not improve"),
+    (
+        "Projected Pendulum-v1, the smallest case: learns to learn (ours)",
+        "figure5_pendulum",
+        r"gla_\d improves within",
+    ),
+    (
+        "... by more than doing less, and than from others' rewards, bring",
+        "figure5_pendulum",
+        r"gla_\d gains more than (magnitude|yoked)",
+    ),
+    (
+        "... and by more than a plain Transformer, and than without projections",
+        "figure5_pendulum",
+        r"gla_\d gains more than (plain|no_proj)",
+    ),
+    ("... which do not", "figure5_pendulum", r"(plain improves|no_projection does not)"),
 ]
 
 

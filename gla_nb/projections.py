@@ -6,7 +6,7 @@
 __all__ = ['ETA', 'LIMIT', 'EPSILON', 'SIZES', 'LAWS', 'ACTION_SCALE', 'PROJECTION', 'TokenLayout', 'make_tokens',
            'RunningMoments', 'running_mean', 'sequence_moments', 'divide', 'standardise', 'reward_inputs',
            'normalise_sequences', 'Normaliser', 'check_law', 'check_projected', 'check_size', 'random_matrices',
-           'signed_permutation', 'Projections', 'apply', 'draw_projections', 'channel_scale']
+           'signed_permutation', 'Projections', 'apply', 'draw_projections', 'channel_scale', 'compact_projections']
 
 # %% ../nbs/02a_projections.ipynb #decb441c
 import math
@@ -289,7 +289,8 @@ class Projections:
         For `(m, l, b)` the policy is `N(Pa+ m, diag exp(2 (b + Pa+ l)))`, its log standard
         deviations between `low` and `high`.
         """
-        mean, log_std, level = outputs.split((SIZES[1], SIZES[1], 1), -1)
+        size = self.inverse.shape[-1]
+        mean, log_std, level = outputs.split((size, size, 1), -1)
         log_std = level + apply(self.inverse, log_std)
         return torch.cat([apply(self.inverse, mean), log_std.clamp(low, high)], -1)
 
@@ -349,3 +350,21 @@ def channel_scale(law: str, size: int, dimensions: np.ndarray) -> np.ndarray:
         return np.ones(len(dimensions))
     variance = 2 / (size + dimensions) if law == "glorot" else 1 / size  # of each entry
     return 1 / np.sqrt(dimensions * variance)
+
+# %% ../nbs/02a_projections.ipynb #f2622aea
+def compact_projections(
+    shapes: Sequence[tuple[int, int]] | np.ndarray, widest: Sequence[int] | np.ndarray | None = None
+) -> Projections:
+    """The numbers of B tasks themselves, scaled as by `orthonormal`, in the smallest space for all.
+
+    It has 32 k and 8 k dimensions. `shapes` and `widest` are those of `draw_projections`.
+    """
+    shapes = np.asarray(shapes)
+    widest = shapes.max(0) if widest is None else widest
+    size = 8 * math.ceil(max(widest[0] / 32, widest[1] / 8))
+    observation, action = (
+        torch.eye(rows, int(columns)).expand(len(shapes), -1, -1)
+        for rows, columns in zip((4 * size, size), widest, strict=True)
+    )
+    scale = torch.from_numpy(np.sqrt(4 * size / shapes[:, 0])).float()
+    return Projections(scale[:, None, None] * observation, ACTION_SCALE * action, action.mT)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'ANT', 'ANT_SMOKE', 'ANT_PAPER', 'BOTH_WAYS',
-           'EXPERIMENTS', 'TrainConfig', 'check_gap', 'check_train_config', 'TokenTable', 'history_tokens',
+           'PENDULUM', 'EXPERIMENTS', 'TrainConfig', 'check_gap', 'check_train_config', 'TokenTable', 'history_tokens',
            'smooth_returns', 'token_table', 'check_agreement', 'flat_rows', 'padded', 'Plan', 'draw_gaps',
            'chain_updates', 'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers',
            'share_of_one', 'Batch', 'make_batch', 'new_projections', 'agent_layout', 'own_dimensions', 'eta_values',
@@ -44,6 +44,7 @@ from gla_nb.projections import (
     Projections,
     TokenLayout,
     check_law,
+    compact_projections,
     draw_projections,
     make_tokens,
     normalise_sequences,
@@ -97,7 +98,7 @@ class TrainConfig:
     layers: int = 3
     width: int = 64
     heads: int = 4
-    matching: int = 0  # heads that compare projected observations and read off projected actions
+    matching: int = 0  # heads of each layer of an equivariant network; 0: a plain Transformer
     batch: int = 32  # sequences in a step, over all processes
     steps: int = 150  # optimiser steps
     learning_rate: float = 3e-3  # at its peak
@@ -525,6 +526,8 @@ def new_projections(
     assert plan.projection is not None and table.shapes is not None
     keys = np.stack([np.full(len(plan.run), config.seed), plan.projection], 1)
     shapes = table.shapes[plan.run]
+    if config.matching and config.projection == "orthonormal" and stream == "train":
+        return compact_projections(shapes, table.widest)  # the same to it, and quicker
     return draw_projections(config.projection, shapes, stream, keys, table.widest)
 
 
@@ -1152,8 +1155,8 @@ def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
 
 
 def projected(row: Experiment, **changes: Any) -> Experiment:
-    "The same with a fresh projection for each sequence, and heads that copy behaviour in any."
-    train = replace(row.train, projection="orthonormal", matching=4, **changes)
+    "The same with a fresh projection for each sequence, and a network that is equivariant to them."
+    train = replace(row.train, projection="orthonormal", matching=8, **changes)
     return replace(row, train=train, gaps=(row.train.gap,))
 
 
@@ -1161,6 +1164,20 @@ def conditioned(row: Experiment, gaps: tuple) -> Experiment:
     "The same with an agent that is told gap, return and position, each in half of the sequences."
     train = replace(row.train, eta=("gap", "return", "position"), gaps=gaps, eta_dropout=0.5)
     return replace(row, train=train, gaps=(row.train.gap,))
+
+# %% ../nbs/03_train.ipynb #84c17a40
+PENDULUM = replace(  # the smallest task in which learning through projections can be seen
+    ANT,
+    collect=CollectConfig(
+        task="pendulum", runs=8, updates=128, streams=8, steps_per_update=128, batch_size=128,
+        epochs=10, learning_rate=1e-3, learning_rate_decay=True, gamma=0.9, log_std=-0.5,
+        normalise=True,
+    ),
+    train=replace(ANT.train, gap=8, batch=16, steps=300),
+    lifetimes=32,
+    interactions=4000,  # 20 episodes
+    control_interactions=None,
+)  # fmt: skip
 
 # %% ../nbs/03_train.ipynb #476f6ea8
 EXPERIMENTS = {
@@ -1174,13 +1191,24 @@ EXPERIMENTS = {
         projected(ANT_SMOKE), interactions=256, lifetimes=2, control_interactions=64
     ),
     ("ant_projected", "cpu"): replace(
-        projected(ANT),
+        projected(ANT, layers=4, batch=16, steps=1500),
         lifetimes=32,
         interactions=4000,
         control_interactions=None,
     ),
     ("ant_projected", "paper"): replace(
         projected(ANT_PAPER), lifetimes=32, interactions=64_000, control_interactions=32_000
+    ),
+    ("pendulum_projected", "smoke"): replace(
+        projected(ANT_SMOKE),
+        collect=replace(PENDULUM.collect, runs=2, updates=4, steps_per_update=64, epochs=2),
+        interactions=256,
+        lifetimes=2,
+        control_interactions=64,
+    ),
+    ("pendulum_projected", "cpu"): projected(PENDULUM),
+    ("pendulum_projected", "paper"): projected(
+        replace(PENDULUM, collect=replace(PENDULUM.collect, runs=16)), steps=2000, batch=64
     ),
     ("ant_dir", "smoke"): both_ways(ANT_SMOKE, gap=2),
     ("ant_dir", "cpu"): both_ways(ANT, gap=256, steps=700, tokens=1024, batch=16),

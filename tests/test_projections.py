@@ -19,6 +19,7 @@ from gla_nb.projections import (
     LAWS,
     Projections,
     TokenLayout,
+    compact_projections,
     draw_projections,
     random_matrices,
 )
@@ -289,42 +290,115 @@ def test_what_does_not_fit_is_refused(agent):
 
 
 @pytest.fixture(scope="module")
-def matching():
+def equivariant():
     "An agent with matching heads whose gates have been learned, more or less."
-    shape = GLAConfig(LAYOUT, layers=2, width=32, heads=2, window=24, matching=3)
+    shape = GLAConfig(LAYOUT, layers=3, width=32, heads=2, window=24, matching=3)
     agent = GLA(shape, seed=0).eval()
-    agent.matching.gates.weight.data *= 20
+    with torch.no_grad():
+        for name, parameter in agent.named_parameters():
+            if name.endswith("gates.weight") or name == "head.weight":
+                parameter *= 8
     return agent
 
 
-def test_matching_heads_give_the_same_one_token_at_a_time(matching):
+def turned(vectors):
+    "Tokens as another orthonormal projection shows their task, and the turn of its actions."
+    generators = [np.random.default_rng(0)]
+    observation, action = (
+        torch.from_numpy(random_matrices("orthonormal", n, n, generators)[0]).float()
+        for n in (64, 16)
+    )
+    now, before, act, rest = vectors.split((64, 64, 16, LAYOUT.width - 144), -1)
+    parts = [now @ observation.T, before @ observation.T, act @ action.T, rest]
+    return torch.cat(parts, -1), action
+
+
+def test_equivariant_layers_give_the_same_one_token_at_a_time(equivariant):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(3, 60, LAYOUT.width, generator=generator)
     with torch.no_grad():
-        whole = matching(tokens)
-    cache, rows = matching.new_cache(3), torch.tensor([True, False, True])
+        whole = equivariant(tokens)
+        within = equivariant(tokens[:, :24])  # no longer than the window: another kernel
+    torch.testing.assert_close(within, whole[:, :24], atol=2e-5, rtol=0)
+    cache, rows = equivariant.new_cache(3), torch.tensor([True, False, True])
     for step in range(60):  # lifetimes that are not active in between read nothing
-        matching.step(torch.randn_like(tokens[:, 0]), cache, torch.zeros(3, dtype=torch.bool))
-        outputs = matching.step(tokens[:, step], cache)
-        torch.testing.assert_close(outputs, whole[:, step], atol=1e-5, rtol=1e-5)
+        equivariant.step(torch.randn_like(tokens[:, 0]), cache, torch.zeros(3, dtype=torch.bool))
+        outputs = equivariant.step(tokens[:, step], cache)
+        torch.testing.assert_close(outputs, whole[:, step], atol=2e-5, rtol=0)
     cache.empty(rows)
-    again = matching.step(tokens[:, 0], cache)
-    torch.testing.assert_close(again[rows], whole[rows, 0], atol=1e-5, rtol=1e-5)
+    again = equivariant.step(tokens[:, 0], cache)
+    torch.testing.assert_close(again[rows], whole[rows, 0], atol=2e-5, rtol=0)
     assert not torch.allclose(again[~rows], whole[~rows, 0], atol=1e-3)
 
 
-def test_what_matching_heads_say_turns_with_the_projection(matching):
-    generators = [np.random.default_rng(0)]
-    turns = [torch.from_numpy(random_matrices("orthonormal", n, n, generators)[0]).float()
-             for n in (64, 16)]  # fmt: skip
-    generator = torch.Generator().manual_seed(2)
-    tokens, x = torch.randn(2, 30, LAYOUT.width, generator=generator), torch.zeros(2, 30, 32)
-    now, before, action, rest = tokens.split((64, 64, 16, LAYOUT.width - 144), -1)
-    turned = torch.cat([now @ turns[0].T, before @ turns[0].T, action @ turns[1].T, rest], -1)
+def test_outputs_turn_with_the_projection(equivariant):
+    tokens = torch.randn(2, 30, LAYOUT.width, generator=torch.Generator().manual_seed(2))
+    others, turn = turned(tokens)
     with torch.no_grad():
-        ours, theirs = (matching.matching(x, each, None) for each in (tokens, turned))
-    torch.testing.assert_close(theirs, ours @ turns[1].T, atol=1e-4, rtol=0)
-    assert ours.abs().max() > 0.1
+        ours, theirs = equivariant(tokens), equivariant(others)
+    torch.testing.assert_close(theirs[..., :16], ours[..., :16] @ turn.T, atol=1e-4, rtol=0)
+    torch.testing.assert_close(theirs[..., 16:], ours[..., 16:], atol=1e-4, rtol=0)
+    assert ours[..., :16].std() > 0.1 and ours[..., 32].std() > 0.01
+    assert (theirs - ours)[..., :16].abs().max() > 0.1  # a turn is not nothing
+
+
+def test_a_plain_network_does_not_turn():
+    "The test above can fail."
+    plain = GLA(GLAConfig(LAYOUT, layers=2, width=32, heads=2, window=30), seed=0).eval()
+    tokens = torch.randn(2, 30, LAYOUT.width, generator=torch.Generator().manual_seed(2))
+    others, turn = turned(tokens)
+    with torch.no_grad():
+        ours, theirs = plain(tokens)[..., :16], plain(others)[..., :16]
+    assert (theirs - ours @ turn.T).abs().max() > 0.1 * ours.std()
+
+
+def test_a_task_and_its_projection_are_one_to_an_equivariant_agent(equivariant):
+    "Policies in the task's own space are the same through any orthonormal projection."
+    rng = np.random.default_rng(3)
+    observation, before = torch.from_numpy(rng.standard_normal((2, 1, 20, 11))).float()
+    action = torch.from_numpy(rng.uniform(-1, 1, (1, 20, 2))).float()
+    rest = torch.from_numpy(rng.standard_normal((1, 20, LAYOUT.width - 144))).float()
+    policies = []
+    for key in (0, 1):
+        p = draw_projections("orthonormal", [(11, 2)], "figure", [key])
+        parts = [p.observations(observation), p.observations(before), p.actions(action), rest]
+        with torch.no_grad():
+            policies.append(p.policy(equivariant(torch.cat(parts, -1)), -5, 2))
+    torch.testing.assert_close(*policies, atol=1e-4, rtol=0)
+    assert policies[0][..., :2].std() > 0.05
+
+
+def test_a_compact_space_teaches_an_equivariant_agent_the_same(equivariant):
+    "Loss and gradient of a batch in the smallest space are those through projections."
+    shapes, generator = [(11, 2), (27, 8)], torch.Generator().manual_seed(4)
+    numbers = [torch.randn(2, 20, n, generator=generator) for n in (27, 27, 8, LAYOUT.width - 144)]
+    for part, place in zip(numbers[:3], (0, 0, 1), strict=True):
+        part[0, :, shapes[0][place] :] = 0  # the padding of the smaller task
+    found = []
+    for p in (
+        compact_projections(shapes),
+        draw_projections("orthonormal", shapes, "train", [0, 1]),
+    ):
+        parts = [p.observations(numbers[0]), p.observations(numbers[1]), p.actions(numbers[2])]
+        equivariant.zero_grad()
+        policy = p.policy(equivariant(torch.cat([*parts, numbers[3]], -1)), -5, 2)
+        loss = (policy[0, :, [0, 1, 8, 9]].square().sum() + policy[1].square().sum()) / 20
+        loss.backward()
+        gradient = torch.cat([each.grad.flatten() for each in equivariant.parameters()])
+        found.append((loss.item(), gradient / gradient.norm()))
+    equivariant.zero_grad()
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4) and found[0][0] > 0.1
+    assert (found[0][1] - found[1][1]).norm() < 1e-3
+
+
+def test_an_agent_that_is_not_equivariant_is_trained_in_the_large_space(histories):
+    "By its projections: only the equivariant one needs none."
+    sizes = {}
+    for matching in (0, 2):
+        config, table = replace(CONFIG, matching=matching), table_of(histories)
+        batch, _ = sample_batch(config, table, [0, 1], np.random.default_rng(0), 2)
+        sizes[matching] = batch.tokens.shape[-1] - 4  # rewards and flags
+    assert sizes == {0: 2 * 64 + 16, 2: 2 * 32 + 8}
 
 
 def test_matching_heads_need_projections():

@@ -23,6 +23,7 @@ TABLES = [
     "figure4_controls",
     "long_lifetimes_table",
     "figure5_table",
+    "figure5_pendulum_table",
     "projection_study_table",
     "conditioning_claims",
     "claims",

@@ -1048,7 +1048,13 @@ def test_a_shipped_agent_stands_in_for_exactly_its_experiment(tmp_path, monkeypa
     assert sizes[0] < 0.7 * sizes[1]
 
 
-SHIPPED = {"ant": 1, "ant_dir": 2, "ant_projected": 5, "grid": 1}  # and their tasks
+SHIPPED = {  # and their tasks
+    "ant": 1,
+    "ant_dir": 2,
+    "ant_projected": 5,
+    "grid": 1,
+    "pendulum_projected": 1,
+}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -150,7 +150,7 @@ def test_what_is_not_active_is_not_read(matching):
     active = torch.tensor([False, True, True, False, False, True])
     alone, poisoned = copy.deepcopy(cache), copy.deepcopy(cache)
     expected = agent.step(tokens[:, 19], alone)
-    for part in (poisoned.keys[0], poisoned.values[0], *poisoned.matching):
+    for part in (poisoned.keys[0], poisoned.values[0]):
         part[~active] = torch.nan
     outputs = agent.step(tokens[:, 19], poisoned, active)
     torch.testing.assert_close(outputs[active], expected[active], rtol=0, atol=1e-5)
@@ -644,8 +644,7 @@ def test_a_block_attends_in_strips_as_it_does_without():
     turns = agent.rotation(torch.arange(150))
 
     def plain():
-        attended = block.attend(tokens, turns, None).flatten(-2)
-        return block.mlp(tokens + block.out(attended))
+        return block.finish(tokens, block.attend(tokens, turns, None))
 
     exact = plain()
     torch.testing.assert_close(block(tokens, turns, None), exact, rtol=0, atol=1e-5)
