@@ -1155,7 +1155,11 @@ def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
 
 
 def projected(row: Experiment, **changes: Any) -> Experiment:
-    "The same with a fresh projection for each sequence, and a network that is equivariant to them."
+    """The same through random projections, with a network to which all of them are one.
+
+    So it is trained on the task's own numbers, and a pool changes nothing; with `matching=0` each
+    sequence has a fresh projection.
+    """
     train = replace(row.train, projection="orthonormal", matching=8, **changes)
     return replace(row, train=train, gaps=(row.train.gap,))
 
