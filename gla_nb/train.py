@@ -527,7 +527,8 @@ def new_projections(
     keys = np.stack([np.full(len(plan.run), config.seed), plan.projection], 1)
     shapes = table.shapes[plan.run]
     if config.matching and config.projection == "orthonormal" and stream == "train":
-        return compact_projections(shapes, table.widest)  # the same to it, and quicker
+        # All are one to an equivariant agent, of whatever pool, and these are quicker.
+        return compact_projections(shapes, table.widest)
     return draw_projections(config.projection, shapes, stream, keys, table.widest)
 
 
@@ -1155,11 +1156,7 @@ def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
 
 
 def projected(row: Experiment, **changes: Any) -> Experiment:
-    """The same through random projections, with a network to which all of them are one.
-
-    So it is trained on the task's own numbers, and a pool changes nothing; with `matching=0` each
-    sequence has a fresh projection.
-    """
+    "The same with a network to which all projections are one; with `matching=0` each is learned."
     train = replace(row.train, projection="orthonormal", matching=8, **changes)
     return replace(row, train=train, gaps=(row.train.gap,))
 
