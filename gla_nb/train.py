@@ -7,14 +7,15 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'BOTH_WAYS', 'PENDULUM', 'EXPERIMENTS', 'TrainConfig', 'check_gap', 'check_train_config', 'TokenTable',
            'history_tokens', 'smooth_returns', 'token_table', 'check_agreement', 'flat_rows', 'padded', 'Plan',
            'draw_gaps', 'chain_updates', 'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers',
-           'share_of_one', 'Batch', 'make_batch', 'new_projections', 'agent_layout', 'own_dimensions', 'eta_values',
-           'sample_batch', 'floor_teacher', 'blurred', 'divergences', 'divergence', 'total', 'segment_losses',
-           'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16', 'new_agent', 'check_shapes', 'split_runs',
-           'Trainer', 'new_optimizer', 'optimizer_step', 'batch_of', 'next_batch', 'train_step', 'evaluate_loss',
-           'unseen_projections', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'plot_losses',
-           'checkpoint_folder', 'history_folders', 'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report',
-           'loss_figure', 'read_log', 'train_all', 'training_progress', 'Experiment', 'both_ways', 'projected',
-           'conditioned', 'find_experiment', 'made_by', 'ship_agent', 'shipped_agent', 'running_scale']
+           'noise_seeds', 'share_of_one', 'Batch', 'normal', 'own_observations', 'make_batch', 'new_projections',
+           'agent_layout', 'own_dimensions', 'eta_values', 'sample_batch', 'floor_teacher', 'blurred', 'divergences',
+           'divergence', 'total', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16',
+           'new_agent', 'check_shapes', 'split_runs', 'Trainer', 'new_optimizer', 'optimizer_step', 'batch_of',
+           'next_batch', 'train_step', 'evaluate_loss', 'unseen_projections', 'save_checkpoint', 'read_checkpoint',
+           'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card', 'train',
+           'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all', 'training_progress',
+           'Experiment', 'both_ways', 'projected', 'conditioned', 'find_experiment', 'made_by', 'ship_agent',
+           'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import functools
@@ -50,6 +51,7 @@ from gla_nb.projections import (
     normalise_sequences,
 )
 from gla_nb.stages import (
+    ADDED,
     LOG,
     Live,
     cpu_threads,
@@ -111,6 +113,10 @@ class TrainConfig:
     held_out: int = 1  # PPO runs, the last ones, kept for the held-out loss
     evaluate_every: int = 25  # steps between two held-out losses; a checkpoint follows each
     seed: int = 0
+    # Standard deviations of what is added in training: to all rewards of a sequence, in that of
+    # all rewards, and to each observation, normalised if the agent's are.
+    reward_shift: float = field(default=0.0, metadata=ADDED)
+    observation_noise: float = field(default=0.0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         check_train_config(self)
@@ -136,6 +142,9 @@ def check_train_config(config: TrainConfig) -> None:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}: give at least 1")
     check_gap(config.gap)
+    for name in ("reward_shift", "observation_noise"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)}: give a number from 0")
     for name in ("stay", "turned"):
         share = getattr(config, name)
         if not 0 <= share < 1:
@@ -311,6 +320,7 @@ class Plan:
     run: np.ndarray  # (B,) row of the table's runs
     gap: np.ndarray  # (B,) in kept updates; their number stands for max
     projection: np.ndarray | None = None  # (B,) number of the projection within its stream
+    noise: np.ndarray | None = None  # (B,) seed of what is added to rewards and observations
 
 # %% ../nbs/03_train.ipynb #6f6db44c
 def draw_gaps(
@@ -438,6 +448,7 @@ def plan_batch(
         run=run,
         gap=gap,
         projection=draw_numbers(config, rng, batch, one),
+        noise=noise_seeds(config, rng, batch),
     )
 
 
@@ -449,6 +460,13 @@ def draw_numbers(
         return np.zeros(batch, int)
     numbers = rng.integers(2**62 if config.pool == "endless" else config.pool, size=batch)
     return np.where(rng.random(batch) < one, 0, numbers)
+
+
+def noise_seeds(config: TrainConfig, rng: np.random.Generator, batch: int) -> np.ndarray:
+    "(batch,) seeds of what is added to each sequence."
+    if config.reward_shift or config.observation_noise:
+        return rng.integers(2**62, size=batch)
+    return np.zeros(batch, int)
 
 
 def share_of_one(config: TrainConfig, step: int) -> float:
@@ -467,6 +485,20 @@ class Batch:
     weight: torch.Tensor  # (B, T) 1 where the token is scored, else 0
     projections: Projections | None = None  # of each sequence, where there are any
     own: torch.Tensor | None = None  # (B, 1, 2 d_a) bool: not padding, where shapes differ
+
+# %% ../nbs/03_train.ipynb #affe72e9
+def normal(plan: Plan, shape: tuple[int, ...]) -> torch.Tensor:
+    "Standard normal numbers `(B, *shape)`, those of each sequence from its own seed."
+    assert plan.noise is not None
+    generators = [np.random.default_rng(seed) for seed in plan.noise.tolist()]
+    return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in generators]))
+
+
+def own_observations(table: TokenTable, run: np.ndarray) -> torch.Tensor:
+    "(B, 1, d_o), 0 for the padding of smaller observations, else 1."
+    sizes = table.layout.observation if table.shapes is None else table.shapes[run, 0][:, None]
+    own = np.arange(table.layout.observation) < np.broadcast_to(sizes, (len(run), 1))
+    return torch.from_numpy(own[:, None])
 
 # %% ../nbs/03_train.ipynb #f1c129b7
 def make_batch(
@@ -491,9 +523,15 @@ def make_batch(
     if config.turned and not config.hide_rewards:
         turned = torch.from_numpy(plan.turned).to(device)
         reward = reward - 2 * turned * rows["forward_reward"][previous]
+    if config.reward_shift and not config.hide_rewards:
+        reward = reward + config.reward_shift * rows["reward"].std() * normal(plan, (1,)).to(device)
     now, before, reward = normalise_sequences(
         table.layout, now, rows["observation"][previous], reward, first
     )
+    if config.observation_noise:
+        noise = config.observation_noise * normal(plan, now.shape[1:]).to(now)
+        noise *= own_observations(table, plan.run).to(now)
+        now, before = now + noise, before + noise.roll(1, 1)  # both show the same observation
     projections = new_projections(config, table, plan, stream)
     action = rows["executed_action"][previous]
     if projections is not None:
@@ -745,8 +783,9 @@ class Trainer:
         self.projected = self.validation(self.train_runs, 1) if config.projection else None
 
     def validation(self, runs: Sequence[int] | np.ndarray, number: int) -> tuple[Batch, Plan]:
-        "A batch of `runs` that stays, as `sample_batch` gives it; its projections are of no pool."
-        config, more = replace(self.config, pool="endless"), (number,) * bool(number)
+        "A batch of `runs` that stays, as `sample_batch` gives it; of no pool, and without noise."
+        config = replace(self.config, pool="endless", reward_shift=0.0, observation_noise=0.0)
+        more = (number,) * bool(number)
         rng = np.random.default_rng(seed_sequence("validation", config.seed, *more))
         return sample_batch(config, self.table, runs, rng, config.batch, stream="validation")
 

@@ -355,6 +355,23 @@ def test_hidden_rewards_change_the_reward_column_alone(tables):
     assert torch.equal(shown, hidden)
 
 
+def test_noise_is_in_training_batches_alone_and_follows_the_seed(histories):
+    noisy = tiny(normalise=True, reward_shift=1.0, observation_noise=0.1)
+    trainers = [Trainer(c, [histories["short"]], "") for c in (tiny(normalise=True), noisy, noisy)]
+    (plain, _), (calm, _), _ = (trainer.fixed for trainer in trainers)
+    assert torch.equal(plain.tokens, calm.tokens)
+    without, one, other = (batch_of(trainer, 1).tokens for trainer in trainers)
+    assert torch.equal(one, other) and not torch.equal(without, one)
+    assert not torch.equal(one, batch_of(trainers[1], 2).tokens)
+
+
+def test_rewards_that_are_hidden_are_not_shifted(tables):
+    config = tiny(hide_rewards=True, reward_shift=1.0)
+    shifted, _ = sample_batch(config, tables["short"], [0], generator(), 20)
+    rewards = shifted.tokens[..., shifted.tokens.shape[-1] - 3]
+    assert not rewards.any()
+
+
 def test_eta_is_that_of_the_policy_that_acted(histories):
     eta = ("return", "gap", "position")
     config = tiny(eta=eta, gaps=(1, 3, "max"), eta_dropout=0.0)
@@ -903,6 +920,8 @@ def test_what_does_not_fit_the_histories_is_named_before_any_step(
         ({"segment_max": 49}, "they are 5, 49, 48"),
         ({"steps": 0}, "steps is 0: give at least 1"),
         ({"stay": -0.1}, "stay is -0.1: give a share"),
+        ({"reward_shift": -1.0}, "reward_shift is -1.0: give a number from 0"),
+        ({"observation_noise": float("nan")}, "observation_noise is nan: give a number from 0"),
         ({"evaluate_every": 0}, "evaluate_every is 0: give at least 1"),
         ({"batch": -1}, "batch is -1: give at least 1"),
         ({"threads": 0}, "threads is 0: give at least 1"),
