@@ -1210,13 +1210,13 @@ def conditioned(row: Experiment, gaps: tuple) -> Experiment:
 
 # %% ../nbs/03_train.ipynb #84c17a40
 PENDULUM = replace(  # the smallest task in which learning through projections can be seen
-    ANT,
+    ANT_SHORT,
     collect=CollectConfig(
         task="pendulum", runs=8, updates=128, streams=8, steps_per_update=128, batch_size=128,
         epochs=10, learning_rate=1e-3, learning_rate_decay=True, gamma=0.9, log_std=-0.5,
         normalise=True,
     ),
-    train=replace(ANT.train, gap=8, batch=16, steps=300),
+    train=replace(ANT_SHORT.train, gap=8, batch=16, steps=300),
     lifetimes=32,
     interactions=4000,  # 20 episodes
     control_interactions=None,
