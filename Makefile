@@ -57,8 +57,9 @@ figures: .venv/.installed  ## FIGURES (by default all) at SCALE=smoke, cpu or pa
 	            notebook=10_figure3; parameters="-p experiment $${figure#figure3_}" ;; \
 	        figure4) notebook=11_figure4 ;; \
 	        figure5) notebook=12_figure5 ;; \
-        figure5_pendulum) \
-            notebook=12_figure5; parameters="-p experiment pendulum_projected" ;; \
+	        figure5_pendulum) \
+	            notebook=12_figure5; \
+	            parameters="-p experiment pendulum_projected -p controls True" ;; \
 	        projection_study) notebook=13_projection_study ;; \
 	        long_lifetimes) notebook=14_long_lifetimes ;; \
 	        conditioning) notebook=15_conditioning ;; \

@@ -9,9 +9,21 @@ from test_continuous import CPU, KINDS, SMOKE, check_claims, tables
 from test_notebooks import check_pictures, papermill
 
 from gla_nb.evaluate import read_table
+from gla_nb.figure3 import markdown
 from gla_nb.figure5 import TASKS
-from gla_nb.projection_study import LONG, LOSSES, POOLS
+from gla_nb.projection_study import (
+    EQUIVARIANT,
+    LONG,
+    LOSSES,
+    MEASURES,
+    POOLS,
+    same_sequences,
+    tried_rows,
+    tried_table,
+)
+from gla_nb.train import find_experiment
 
+TRIED = "projection_study_tried.csv"
 FIGURES = {"figure5": TASKS, "figure5_controls": TASKS, "figure5_pendulum": ("pendulum",)}
 RUNS = {
     "figure5": ("12_figure5", "-p", "controls", "True"),
@@ -37,7 +49,8 @@ def test_they_leave_exactly_their_files(smoke):
     expected |= {f"figure5_controls{kind}" for kind in KINDS} | {"claims.csv"}
     rest.remove("_controls.md")
     expected |= {f"figure5_pendulum{kind}" for kind in KINDS + rest}
-    study = ("_losses.csv", "_table.md", ".json", ".png", ".pdf")
+    study = ["_losses.csv", "_table.md", ".json", ".png", ".pdf"]
+    study += [f"_tried{kind}" for kind in (".csv", ".md", ".png", ".pdf")]
     expected |= {f"projection_study{kind}" for kind in study}
     assert set(os.listdir(smoke)) == expected
     check_pictures(smoke)
@@ -90,3 +103,15 @@ def test_the_committed_study_has_every_pool():
     gap = last["unseen"] - last["train"]
     assert gap["plain, pool of 1"] > 1 > gap["plain, pool of endless"]
     assert last["unseen"]["equivariant"] < last["unseen"]["plain, pool of endless"] - 1
+
+
+def test_the_committed_table_of_what_was_tried_follows_from_the_losses():
+    rows, losses = tried_rows(find_experiment("ant_projected")), read_table(CPU / TRIED)
+    assert (losses.groupby(["tried", "measure"]).size().unstack() >= 32).all(axis=None)
+    assert set(losses["tried"]) == set(rows) and set(losses["measure"]) == set(MEASURES)
+    table = tried_table(rows, losses, dict.fromkeys(rows, 1.0)).drop(columns="of imitation")
+    told = (CPU / TRIED).with_suffix(".md").read_text().splitlines()
+    for line, expected in zip(told, markdown(table).splitlines(), strict=True):
+        assert line.startswith(expected.removesuffix("|").rstrip()), line
+    compared = [name for name in rows if same_sequences(name, rows)]
+    assert len(compared) > 15 and EQUIVARIANT not in compared
