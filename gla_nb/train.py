@@ -1148,7 +1148,7 @@ ANT = Experiment(
 )  # fmt: skip
 
 # %% ../nbs/03_train.ipynb #a3b920b7
-ANT_SHORT = replace(  # a window of half the length, where no figure needs more
+ANT_SHORT = replace(  # a window of half the length; lifetimes of 16 windows are shorter, too
     ANT, train=replace(ANT.train, tokens=512, batch=32), interactions=8192
 )
 ANT_SMOKE = replace(
@@ -1227,6 +1227,9 @@ EXPERIMENTS = {
     ("ant", "smoke"): ANT_SMOKE,
     ("ant", "cpu"): ANT,
     ("ant", "paper"): ANT_PAPER,
+    ("ant_short", "smoke"): ANT_SMOKE,
+    ("ant_short", "cpu"): ANT_SHORT,
+    ("ant_short", "paper"): ANT_PAPER,
     ("ant_told", "smoke"): conditioned(ANT_SMOKE, (1, 2, 3)),
     ("ant_told", "cpu"): conditioned(ANT_SHORT, (16, 64, 256)),
     ("ant_told", "paper"): conditioned(ANT_PAPER, (16, 64, 256)),
