@@ -216,20 +216,17 @@ MEASURES = {"known": "known runs", "unseen": "an unseen run"}  # both through un
 
 def judge_all(
     rows: dict[str, tuple[str, TrainConfig]], agents: list[Path], histories: list[History]
-) -> tuple[pd.DataFrame, dict[str, float]]:
-    "A loss for each name, measure and sequence; and the loss of imitation on known runs, by name."
-    found, imitated, base = [], dict[tuple, float](), rows[EQUIVARIANT][1]
+) -> pd.DataFrame:
+    "A loss for each name, measure and sequence."
+    found, base = [], rows[EQUIVARIANT][1]
     for (name, (_, config)), agent in zip(rows.items(), agents, strict=True):
         trainer = judge(base, config, histories, agent)
         assert trainer.projected is not None
-        if (config.gap, config.tokens) not in imitated:
-            imitated[config.gap, config.tokens] = imitation(trainer)["unseen_head"]
         for measure, batch in {"known": trainer.projected, "unseen": trainer.fixed}.items():
             losses = head_losses(trainer, *batch)
             more = {"tried": name, "measure": measure, "sequence": range(len(losses))}
             found.append(pd.DataFrame(more | {"loss": losses}))
-    by_name = {name: imitated[config.gap, config.tokens] for name, (_, config) in rows.items()}
-    return pd.concat(found, ignore_index=True), by_name
+    return pd.concat(found, ignore_index=True)
 
 # %% ../nbs/13_projection_study.ipynb #790f1b22
 def compared(
@@ -251,9 +248,7 @@ def same_sequences(name: str, rows: dict[str, tuple[str, TrainConfig]]) -> str:
     return against if alike and name != against else ""
 
 
-def tried_table(
-    rows: dict[str, tuple[str, TrainConfig]], losses: pd.DataFrame, imitated: dict[str, float]
-) -> pd.DataFrame:
+def tried_table(rows: dict[str, tuple[str, TrainConfig]], losses: pd.DataFrame) -> pd.DataFrame:
     """One row for each that was tried: why, its losses, and how they differ from its base's.
 
     It is better or worse where known runs say so by more than training seeds differ.
@@ -270,7 +265,6 @@ def tried_table(
             if against:
                 each = compared(losses, name, against, measure)
                 row[f"{label}: difference"] = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*each)
-        row["of imitation"] = f"{mean[name, 'known'] / imitated[name]:.2f}"
         row["verdict"] = ""
         if against and name not in SEEDS:
             _, low, high = compared(losses, name, against, "known")

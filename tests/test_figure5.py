@@ -109,10 +109,7 @@ def test_the_committed_table_of_what_was_tried_follows_from_the_losses():
     rows, losses = tried_rows(find_experiment("ant_projected")), read_table(CPU / TRIED)
     assert (losses.groupby(["tried", "measure"]).size().unstack() >= 32).all(axis=None)
     assert set(losses["tried"]) == set(rows) and set(losses["measure"]) == set(MEASURES)
-    told = (CPU / TRIED).with_suffix(".md").read_text().splitlines()
-    expected = markdown(tried_table(rows, losses, dict.fromkeys(rows, 1.0))).splitlines()
-    for line, again in zip(told, expected, strict=True):  # all but the share of imitation
-        ours, theirs = ([cell.strip() for cell in text.split("|")] for text in (line, again))
-        assert ours[:7] == theirs[:7] and ours[8:] == theirs[8:]
+    told = (CPU / TRIED).with_suffix(".md").read_text()
+    assert told == markdown(tried_table(rows, losses)) + "\n"
     compared = [name for name in rows if same_sequences(name, rows)]
     assert len(compared) > 15 and EQUIVARIANT not in compared
