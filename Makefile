@@ -59,7 +59,7 @@ figures: .venv/.installed  ## FIGURES (by default all) at SCALE=smoke, cpu or pa
 	        figure5) notebook=12_figure5 ;; \
 	        figure5_pendulum) \
 	            notebook=12_figure5; \
-	            parameters="-p experiment pendulum_projected" ;; \
+	            parameters="-p experiment pendulum_projected -p controls True" ;; \
 	        projection_study) notebook=13_projection_study ;; \
 	        long_lifetimes) notebook=14_long_lifetimes ;; \
 	        conditioning) notebook=15_conditioning ;; \

@@ -88,7 +88,7 @@ def test_agents_without_projections_differ_natively_and_through_them(smoke):
 # -- the committed results, whatever they say: see the README ------------------------------------
 
 
-@pytest.mark.parametrize("figure", ["figure5", "figure5_pendulum"])
+@pytest.mark.parametrize("figure", ["figure5", "figure5_pendulum", "figure5_pendulum_controls"])
 def test_committed_claims_follow_from_the_committed_tables(figure):
     found = check_claims(CPU, figure, "cpu")
     assert (found["seeds"] == 32).all()

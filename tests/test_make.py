@@ -201,7 +201,7 @@ def test_demo_and_figures_start_notebooks_through_the_module_that_checks_paramet
         "nbs/11_figure4.ipynb elsewhere/smoke/figure4.ipynb -p scale smoke",
         "nbs/12_figure5.ipynb elsewhere/smoke/figure5.ipynb -p scale smoke",
         "nbs/12_figure5.ipynb elsewhere/smoke/figure5_pendulum.ipynb "
-        "-p experiment pendulum_projected -p scale smoke",
+        "-p experiment pendulum_projected -p controls True -p scale smoke",
         "nbs/13_projection_study.ipynb elsewhere/smoke/projection_study.ipynb -p scale smoke",
         "nbs/14_long_lifetimes.ipynb elsewhere/smoke/long_lifetimes.ipynb -p scale smoke",
         "nbs/15_conditioning.ipynb elsewhere/smoke/conditioning.ipynb -p scale smoke",

@@ -24,6 +24,7 @@ TABLES = [
     "long_lifetimes_table",
     "figure5_table",
     "figure5_pendulum_table",
+    "figure5_pendulum_controls",
     "projection_study_table",
     "conditioning_claims",
     "claims",
