@@ -258,18 +258,17 @@ def tried_table(rows: dict[str, tuple[str, TrainConfig]], losses: pd.DataFrame) 
     chance, table = max(seeds) - min(seeds), []
     for name, (why, _) in rows.items():
         row = {"tried": name, "why": why}
-        against = same_sequences(name, rows)
+        against, found = same_sequences(name, rows), dict[str, tuple[float, float, float]]()
         for measure, label in MEASURES.items():
-            row[label] = f"{mean[name, measure]:.2f}"
-            row[f"{label}: difference"] = ""
+            row |= {label: f"{mean[name, measure]:.2f}", f"{label}: difference": ""}
             if against:
-                each = compared(losses, name, against, measure)
-                row[f"{label}: difference"] = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*each)
+                found[measure] = compared(losses, name, against, measure)
+                each = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found[measure])
+                row[f"{label}: difference"] = each
         row["verdict"] = ""
         if against and name not in SEEDS:
-            _, low, high = compared(losses, name, against, "known")
-            apart = "better" if high < -chance else "worse" if low > chance else "as good"
-            row["verdict"] = apart
+            _, low, high = found["known"]
+            row["verdict"] = "better" if high < -chance else "worse" if low > chance else "as good"
         table.append(row)
     return pd.DataFrame(table)
 
