@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'STEPS', 'LONG', 'LOSSES', 'SCREEN', 'EQUIVARIANT', 'PLAIN', 'SEEDS', 'JUDGED', 'SAME', 'MEASURES',
-           'study_rows', 'context_regression', 'imitation', 'study_table', 'study_logs', 'power_law', 'plot_study',
-           'tried_rows', 'judge', 'head_losses', 'judge_all', 'compared', 'same_sequences', 'tried_table', 'plot_tried']
+           'CONTEXTS', 'EACH', 'STRETCHES', 'WINDOWS', 'study_rows', 'context_regression', 'imitation', 'study_table',
+           'study_logs', 'power_law', 'plot_study', 'tried_rows', 'judge', 'head_losses', 'judge_all', 'compared',
+           'same_sequences', 'tried_table', 'plot_tried', 'context_updates', 'gone_on', 'gone_on_bins', 'gone_on_table',
+           'plot_gone_on']
 
 # %% ../nbs/13_projection_study.ipynb #4751725e
 from dataclasses import replace
@@ -18,9 +20,11 @@ import pandas as pd
 import torch
 
 from .agent import GLA
-from .evaluate import bootstrap_interval
-from .histories import History
+from .attention import go_on, ppo_recording, relive
+from .evaluate import Lifetimes, bootstrap_interval, saved_meta_test, weights_hash
+from .histories import History, open_history
 from .projections import ACTION_SCALE, SIZES
+from .stages import cpu_threads, stage_folder
 from gla_nb.train import (
     HEAD,
     Batch,
@@ -289,5 +293,85 @@ def plot_tried(rows: dict[str, tuple[str, TrainConfig]], losses: pd.DataFrame) -
     ax.axvline(0, color="0.6", lw=1)
     ax.invert_yaxis()
     ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/13_projection_study.ipynb #2f60952c
+CONTEXTS, EACH = 6, 8  # along a PPO run, and lifetimes that go on from each
+STRETCHES = 8  # of a context; bins of a window are as long
+WINDOWS = 4  # of a lifetime, after the one that PPO fills
+
+
+def context_updates(updates: int, gap: int) -> np.ndarray:
+    "(CONTEXTS, STRETCHES): the last ones from the first update of a run to the last, evenly."
+    last = np.linspace(0, updates - 1, CONTEXTS).round().astype(int)
+    return np.maximum(0, last[:, None] - gap * np.arange(STRETCHES)[::-1])
+
+
+def gone_on(task: str, agent: Path | str, run: Path | str, gap: int) -> Lifetimes:
+    "Lifetimes, `EACH` for each context, whose first window is PPO's; kept in a stage folder."
+    about = {"task": task, "agent": weights_hash(agent), "run": str(run), "gap": gap}
+
+    def make() -> Lifetimes:
+        reader, history = GLA.from_pretrained(agent), open_history(run)
+        updates = np.repeat(context_updates(history.updates, gap), EACH, 0)
+        window, seeds = reader.config.window, np.arange(len(updates))
+        given = ppo_recording(task, history, updates, window // STRETCHES, seeds)
+        with cpu_threads(1):
+            after = go_on(relive(reader, given)[0], task, seeds, WINDOWS * window)
+        both: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in (given.lifetimes, after)], 1)
+            for name in ("reward", "terminated", "truncated", "forward_reward", "action_rms")
+        }
+        return replace(after, **both)
+
+    return saved_meta_test(stage_folder("meta_tests", f"gone_on-{task}", about), make)
+
+# %% ../nbs/13_projection_study.ipynb #9c3cd1fe
+def gone_on_bins(agent: str, kept: Lifetimes, updates: np.ndarray) -> pd.DataFrame:
+    "Forward reward of each lifetime in stretches, by interactions since the context (before: < 0)."
+    assert kept.forward_reward is not None  # Ant-v4 reports it
+    bins = kept.forward_reward.reshape(len(kept.seeds), (1 + WINDOWS) * STRETCHES, -1)
+    middle = (np.arange(bins.shape[1]) - STRETCHES + 0.5) * bins.shape[2]
+    frame = pd.DataFrame(bins.mean(2), columns=middle)
+    frame = frame.assign(agent=agent, update=np.repeat(updates, EACH), lifetime=kept.seeds)
+    about = ["agent", "update", "lifetime"]
+    return frame.melt(about, var_name="interactions", value_name="forward reward")
+
+
+def gone_on_table(bins: pd.DataFrame) -> pd.DataFrame:
+    "Forward reward: PPO's at the end of each context, and the agent's in its own windows."
+    rows = []
+    for (agent, update), one in bins.groupby(["agent", "update"], sort=False):
+        wide = one.pivot(index="lifetime", columns="interactions", values="forward reward")
+        context, *own = np.split(wide.to_numpy(), 1 + WINDOWS, axis=1)
+        first, last = own[0].mean(1), own[-1].mean(1)
+        low, high = bootstrap_interval(last - first)
+        levels = {"PPO": context[:, -1], "first window": first, "last window": last}
+        row = {"agent": agent, "PPO update": update}
+        row |= {name: f"{level.mean():.2f}" for name, level in levels.items()}
+        change = f"{(last - first).mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+        rows.append(row | {"change and 95 % interval": change})
+    return pd.DataFrame(rows)
+
+
+def plot_gone_on(bins: pd.DataFrame) -> "Figure":
+    "Forward reward before and after the agents go on, a line for each context; returns the figure."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    agents = list(dict.fromkeys(bins["agent"]))
+    fig, axes = plt.subplots(1, len(agents), figsize=(12, 4), dpi=64, sharey=True, squeeze=False)
+    for ax, agent in zip(axes[0], agents, strict=True):
+        sns.lineplot(
+            bins[bins["agent"] == agent], x="interactions", y="forward reward", hue="update",
+            palette="viridis", errorbar=("ci", 95), seed=0, ax=ax,
+            legend="full" if ax is axes[0, 0] else False,
+        )  # fmt: skip
+        ax.axvline(0, color="0.6", lw=1)
+        ax.set(
+            title=agent, xlabel="interactions since PPO's context", ylabel="forward reward (m/s)"
+        )
+    axes[0, 0].legend(title="up to PPO update", frameon=False, fontsize=8, title_fontsize=8)
     fig.tight_layout()
     return fig

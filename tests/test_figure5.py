@@ -12,11 +12,14 @@ from gla_nb.evaluate import read_table
 from gla_nb.figure3 import markdown
 from gla_nb.figure5 import TASKS
 from gla_nb.projection_study import (
+    CONTEXTS,
+    EACH,
     EQUIVARIANT,
     LONG,
     LOSSES,
     MEASURES,
     POOLS,
+    gone_on_table,
     same_sequences,
     tried_rows,
     tried_table,
@@ -50,7 +53,8 @@ def test_they_leave_exactly_their_files(smoke):
     rest.remove("_controls.md")
     expected |= {f"figure5_pendulum{kind}" for kind in KINDS + rest}
     study = ["_losses.csv", "_table.md", ".json", ".png", ".pdf"]
-    study += [f"_tried{kind}" for kind in (".csv", ".md", ".png", ".pdf")]
+    kinds = (".csv", ".md", ".png", ".pdf")
+    study += [f"_{part}{kind}" for part in ("tried", "gone_on") for kind in kinds]
     expected |= {f"projection_study{kind}" for kind in study}
     assert set(os.listdir(smoke)) == expected
     check_pictures(smoke)
@@ -113,3 +117,11 @@ def test_the_committed_table_of_what_was_tried_follows_from_the_losses():
     assert told == markdown(tried_table(rows, losses)) + "\n"
     compared = [name for name in rows if same_sequences(name, rows)]
     assert len(compared) > 15 and EQUIVARIANT not in compared
+
+
+def test_the_committed_table_of_agents_that_go_on_follows_from_their_speeds():
+    bins = read_table(CPU / "projection_study_gone_on.csv")
+    lifetimes = bins.groupby(["agent", "update"])["lifetime"].nunique()
+    assert len(lifetimes) == 2 * CONTEXTS and (lifetimes == EACH).all()
+    told = (CPU / "projection_study_gone_on.md").read_text()
+    assert told == markdown(gone_on_table(bins)) + "\n"

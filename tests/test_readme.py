@@ -26,6 +26,7 @@ TABLES = [
     "figure5_pendulum_table",
     "figure5_pendulum_controls",
     "projection_study_table",
+    "projection_study_gone_on",
     "conditioning_claims",
     "claims",
 ]
