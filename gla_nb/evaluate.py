@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTEXT_FREE', 'Feedback', 'Memory', 'FEEDBACK', 'MEMORY', 'CURVE', 'EPISODES', 'N_BINS', 'BINS', 'TEXT', 'LIFETIME',
-           'EFFECTS', 'COLUMNS', 'RANGES', 'VERDICTS', 'CLAIMS', 'LIFETIMES', 'UNFINISHED', 'Lifetimes',
+           'EFFECTS', 'COLUMNS', 'RANGES', 'VERDICTS', 'CLAIMS', 'LIFETIMES', 'UNFINISHED', 'AT_ONCE', 'Lifetimes',
            'check_lifetimes', 'save_lifetimes', 'load_lifetimes', 'Uniform', 'box_space', 'Zero', 'matched_scale',
            'MagnitudeMatched', 'check_action_rms', 'check_agent', 'new_actor', 'shown_reward', 'yoke_to',
            'check_meta_test', 'seen_observations', 'meta_test', 'LifetimeError', 'said_of', 'curve_name', 'new_record',
@@ -15,7 +15,8 @@ __all__ = ['CONTEXT_FREE', 'Feedback', 'Memory', 'FEEDBACK', 'MEMORY', 'CURVE', 
            'claim_row', 'claim_values', 'pool', 'claim_rows', 'claims_table', 'update_claims', 'figure_tables',
            'write_figure', 'summary', 'draw_means', 'plot_returns', 'bin_curve', 'plot_bins', 'in_turns',
            'ppo_lifetimes', 'saved_meta_test', 'kept_error', 'MetaTest', 'eta_pairs', 'weights_hash', 'load_actor',
-           'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'found_anywhere', 'run_meta_tests', 'has_box_actions']
+           'meta_test_folder', 'run_meta_test', 'make_lifetimes', 'found_anywhere', 'in_parts', 'joined',
+           'run_meta_tests', 'has_box_actions']
 
 # %% ../nbs/04_evaluate.ipynb #00078d47
 import hashlib
@@ -1197,17 +1198,40 @@ def found_anywhere(agent: str) -> str:
     return agent if agent in CONTEXT_FREE else str(Path(agent).resolve())
 
 
+AT_ONCE = 64  # lifetimes of one process
+
+
+def in_parts(config: MetaTest) -> list[MetaTest]:
+    "The same lifetimes as curves of `AT_ONCE` each, where their number is a multiple of it."
+    size = AT_ONCE if config.lifetimes % AT_ONCE == 0 else config.lifetimes
+    count = config.lifetimes // size
+    first = config.seed * count
+    return [replace(config, lifetimes=size, seed=first + part) for part in range(count)]
+
+
+def joined(parts: list[Lifetimes]) -> Lifetimes:
+    "The lifetimes of several parts of one curve."
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [name for name, value in vars(parts[0]).items() if isinstance(value, np.ndarray)]
+    together: dict[str, Any] = {n: np.concatenate([getattr(p, n) for p in parts]) for n in arrays}
+    return replace(parts[0], **together)
+
+
 def run_meta_tests(configs: list[MetaTest], jobs: int | None = None) -> list[Lifetimes]:
-    "The lifetimes of several curves, one process and core each."
-    configs = [replace(config, agent=found_anywhere(config.agent)) for config in configs]
-    folders = [meta_test_folder(config) for config in configs]
+    "The lifetimes of several curves, one process and core for each `AT_ONCE` of a curve."
+    parts = [in_parts(replace(config, agent=found_anywhere(config.agent))) for config in configs]
+    every = [part for curve in parts for part in curve]
+    folders = [meta_test_folder(part) for part in every]
+    what = "curves" if len(every) == len(configs) else f"parts of {len(configs)} curves"
 
     def report() -> str:
         done = sum((folder / LIFETIMES).exists() for folder in folders)
-        return f"meta-test of {configs[0].task}: {done} of {len(folders)} curves done"
+        return f"meta-test of {configs[0].task}: {done} of {len(folders)} {what} done"
 
-    calls = [delayed(registering(config.task, run_meta_test))(config) for config in configs]
-    return run_parallel(calls, jobs, report)
+    calls = [delayed(registering(part.task, run_meta_test))(part) for part in every]
+    found = iter(run_parallel(calls, jobs, report))
+    return [joined([next(found) for _ in curve]) for curve in parts]
 
 # %% ../nbs/04_evaluate.ipynb #2d36e9a5
 def has_box_actions(task: AnyTask) -> bool:

@@ -6,7 +6,7 @@
 __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'ANT', 'ANT_SMOKE', 'ANT_PAPER', 'BOTH_WAYS',
            'PENDULUM', 'EXPERIMENTS', 'TrainConfig', 'check_gap', 'check_train_config', 'TokenTable', 'history_tokens',
            'smooth_returns', 'token_table', 'check_agreement', 'flat_rows', 'padded', 'Plan', 'draw_gaps',
-           'chain_updates', 'check_segments', 'place_segments', 'turn_round', 'plan_batch', 'draw_numbers',
+           'chain_updates', 'check_segments', 'place_segments', 'turn_round', 'let_lapse', 'plan_batch', 'draw_numbers',
            'noise_seeds', 'share_of_one', 'Batch', 'normal', 'own_observations', 'make_batch', 'new_projections',
            'agent_layout', 'own_dimensions', 'eta_values', 'sample_batch', 'floor_teacher', 'blurred', 'divergences',
            'divergence', 'total', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16',
@@ -14,7 +14,7 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'next_batch', 'train_step', 'evaluate_loss', 'unseen_projections', 'save_checkpoint', 'read_checkpoint',
            'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card', 'train',
            'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all', 'training_progress',
-           'Experiment', 'both_ways', 'projected', 'conditioned', 'find_experiment', 'made_by', 'ship_agent',
+           'Experiment', 'both_ways', 'lapsing', 'projected', 'conditioned', 'find_experiment', 'made_by', 'ship_agent',
            'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
@@ -117,6 +117,8 @@ class TrainConfig:
     # all rewards, and to each observation, normalised if the agent's are.
     reward_shift: float = field(default=0.0, metadata=ADDED)
     observation_noise: float = field(default=0.0, metadata=ADDED)
+    # Share of the sequences in which PPO seems to fall back for a while: context, but no target.
+    lapse: float = field(default=0.0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         check_train_config(self)
@@ -145,7 +147,7 @@ def check_train_config(config: TrainConfig) -> None:
     for name in ("reward_shift", "observation_noise"):
         if not 0 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} is {getattr(config, name)}: give a number from 0")
-    for name in ("stay", "turned"):
+    for name in ("stay", "turned", "lapse"):
         share = getattr(config, name)
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}: give a share of the sequences from 0 to below 1")
@@ -420,6 +422,20 @@ def turn_round(
     turned = (segments < count[:, None]) & chosen[:, None]
     return np.where(turned, partner[:, None], run[:, None]), turned
 
+# %% ../nbs/03_train.ipynb #916314e4
+def let_lapse(
+    config: TrainConfig, rng: np.random.Generator, update: np.ndarray, length: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    "Updates `(B, S)` of chains, some with a stretch of earlier ones, and where they `lapsed`."
+    if not config.lapse:
+        return update, np.zeros(update.shape, bool)
+    segment, count = np.arange(update.shape[1]), np.ceil(config.tokens / length)[:, None]
+    chosen, first, last, earlier = rng.random((4, len(update), 1))
+    begin = 1 + np.floor(first * (count - 1))
+    end = begin + 1 + np.floor(last * count / 2)
+    lapsed = (chosen < config.lapse) & (segment >= begin) & (segment < end)
+    return np.where(lapsed, np.floor(earlier * (update + 1)).astype(int), update), lapsed
+
 # %% ../nbs/03_train.ipynb #11e68839
 def plan_batch(
     config: TrainConfig,
@@ -435,6 +451,7 @@ def plan_batch(
     length = rng.integers(config.segment_min, config.segment_max + 1, size=batch)
     update, target, gap = chain_updates(config, table.returns, rng, run, table.every)
     source, turned = turn_round(config, table, runs, rng, run, length)
+    update, lapsed = let_lapse(config, rng, update, length)
     start = place_segments(table, rng, source, update, length)
     segment, offset = np.divmod(np.arange(config.tokens), length[:, None])
     return Plan(
@@ -443,7 +460,7 @@ def plan_batch(
         offset=offset,
         update=np.take_along_axis(update, segment, 1),
         border=offset == length[:, None] - 1,
-        scored=np.take_along_axis(target & ~turned, segment, 1),
+        scored=np.take_along_axis(target & ~turned & ~lapsed, segment, 1),
         turned=np.take_along_axis(turned, segment, 1),
         run=run,
         gap=gap,
@@ -1180,6 +1197,8 @@ ANT_PAPER = replace(
         "ppo_small_rollouts": replace(ANT.baselines["ppo_small_rollouts"], updates=128),
     },
 )  # fmt: skip
+
+# %% ../nbs/03_train.ipynb #8533d006
 BOTH_WAYS = ("ant", "ant_backward")  # Ant-v4 is the forward task to the last bit
 
 
@@ -1192,6 +1211,11 @@ def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
     train = replace(row.train, gap=gap, objective="forward", turned=0.5, **changes)
     lifetime = 8 * train.tokens  # the claims count windows of attention by their bins
     return replace(row, tasks=BOTH_WAYS, train=train, gaps=(gap,), interactions=lifetime)
+
+
+def lapsing(row: Experiment) -> Experiment:
+    "The same with an agent that has seen PPO fall back, and so does not itself, once it learned."
+    return replace(row, train=replace(row.train, lapse=0.5))
 
 
 def projected(row: Experiment, **changes: Any) -> Experiment:
@@ -1221,9 +1245,9 @@ PENDULUM = replace(  # the smallest task in which learning through projections c
 
 # %% ../nbs/03_train.ipynb #476f6ea8
 EXPERIMENTS = {
-    ("ant", "smoke"): ANT_SMOKE,
-    ("ant", "cpu"): ANT,
-    ("ant", "paper"): ANT_PAPER,
+    ("ant", "smoke"): lapsing(ANT_SMOKE),
+    ("ant", "cpu"): lapsing(ANT),
+    ("ant", "paper"): lapsing(ANT_PAPER),
     ("ant_told", "smoke"): conditioned(ANT_SMOKE, (1, 2, 3)),
     ("ant_told", "cpu"): conditioned(ANT, (16, 64, 256)),
     ("ant_told", "paper"): conditioned(ANT_PAPER, (16, 64, 256)),
