@@ -310,7 +310,8 @@ def context_updates(updates: int, gap: int) -> np.ndarray:
 
 def gone_on(task: str, agent: Path | str, run: Path | str, gap: int) -> Lifetimes:
     "Lifetimes, `EACH` for each context, whose first window is PPO's; kept in a stage folder."
-    about = {"task": task, "agent": weights_hash(agent), "run": str(run), "gap": gap}
+    of_run = "/".join(Path(run).parts[-2:])  # names its configuration, wherever it lies
+    about = {"task": task, "agent": weights_hash(agent), "run": of_run, "gap": gap}
 
     def make() -> Lifetimes:
         reader, history = GLA.from_pretrained(agent), open_history(run)
