@@ -456,6 +456,17 @@ def test_curves_of_words_need_no_agent(trained, monkeypatch):
     assert set(CONTEXT_FREE) == {"random", "zero", "magnitude_matched"}
 
 
+def test_a_curve_of_many_lifetimes_is_made_in_parts_that_are_shared(trained, monkeypatch):
+    monkeypatch.setattr("gla_nb.evaluate.AT_ONCE", 2)
+    config = MetaTest(TASKS[BOX], "random", lifetimes=4, interactions=20, seed=1)
+    (curve,) = run_meta_tests([config], jobs=1)
+    expected = meta_test(TASKS[BOX], "random", [4, 5, 6, 7], 20)
+    for name in ("seeds", "reward", "terminated", "truncated", "action_rms"):
+        np.testing.assert_array_equal(getattr(curve, name), getattr(expected, name))
+    assert (meta_test_folder(replace(config, lifetimes=2, seed=2)) / "lifetimes.npz").exists()
+    assert not (meta_test_folder(config) / "lifetimes.npz").exists()
+
+
 def test_the_transformer_acts_by_the_same_distributions_as_on_the_whole_sequence():
     agent = GLA(GLAConfig(layout=DISCRETE, layers=2, width=32, heads=2, window=16)).eval()
     read, step = [], agent.step
