@@ -658,8 +658,9 @@ for interaction in range(1000):
 
 
 def rows_table(rows: list[dict]) -> str:
-    "Markdown of rows with equal keys."
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    "Markdown of rows; a cell is empty where a row lacks a key."
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys), *([row.get(key, "") for key in keys] for row in rows)]
     return "\n".join("| " + " | ".join(str(value) for value in line) + " |" for line in lines)
 
 # %% ../nbs/02c_agent.ipynb #16e6493c
@@ -670,8 +671,8 @@ def card(agent: "GLA") -> str:
     tasks = [task for task in about.get("tasks", []) if isinstance(task, dict)]
     task: dict = tasks[0] if tasks else {"id": "ENVIRONMENT", "kwargs": {}}
     arguments = "".join(f", {name}={json.dumps(value)}" for name, value in task["kwargs"].items())
-    kind = "of any Box task of up to " * bool(layout.projection)
-    kind += f"{layout.observation} observations, {layout.action} "
+    kind = "for any Box task of up to " * bool(layout.projection)
+    kind += f"{layout.observation} observations and {layout.action} "
     kind += "discrete actions" if layout.discrete else "continuous actions"
     parts = [
         "---\nlibrary_name: gla_nb\nlicense: apache-2.0\n"

@@ -719,7 +719,9 @@ def bootstrap_interval(
         method="BCa",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    low, high = float(interval.low), float(interval.high)
+    # Values that differ in their last bits alone have no acceleration.
+    return (low, high) if np.isfinite([low, high]).all() else (float(array.mean()),) * 2
 
 # %% ../nbs/04_evaluate.ipynb #fa04af87
 def paired_test(
@@ -891,6 +893,8 @@ def claim_rows(
 ) -> pd.DataFrame:
     "A claim on each of its tasks, Holm-corrected over them, or pooled; and whether it `holds`."
     effect = EFFECTS[claim.effect](claim, episodes, bins)
+    # A lifetime that never ended an episode is in the table of bins alone: it has no value.
+    effect = effect.reindex(bins.groupby(LIFETIME, sort=False).size().index)
     curves = dict.fromkeys(key[:3] for key in effect.index)
     own = (claim.agent, str(claim.gap))
     tasks = claim.tasks or [task for task, *name in curves if tuple(name) == own]
@@ -1049,8 +1053,14 @@ def in_turns(history: History, name: str, rows: int) -> np.ndarray:
 
 # %% ../nbs/04_evaluate.ipynb #b0ae674f
 def ppo_lifetimes(folders: Sequence[Path | str], interactions: int | None = None) -> Lifetimes:
-    "One lifetime for each learning history in `folders`, cut to the shortest or `interactions`."
+    """One lifetime for each learning history in `folders`, cut to the shortest or `interactions`.
+
+    Raises `ValueError` for exports, and for runs with different numbers of streams.
+    """
     histories = [open_history(folder) for folder in folders]
+    exported = [str(history.folder) for history in histories if history.exported]
+    if exported:
+        raise ValueError(f"exports have gaps between their updates: give the runs of {exported}")
     streams = {history.streams for history in histories}
     if len(streams) != 1:
         raise ValueError(f"runs must have one number of streams in common, not {sorted(streams)}")
@@ -1148,7 +1158,7 @@ def load_actor(config: MetaTest) -> GLA | str:
         return "magnitude_matched" if config.matched else config.agent
     agent = GLA.from_pretrained(config.agent)
     if config.untrained:
-        fresh = GLA(agent.config, seed=seed_number("figure", config.seed))
+        fresh = GLA(agent.config, seed=seed_number("figure", 0))  # one, in all parts of a curve
         fresh.about = agent.about
         agent = fresh.eval()
     return agent.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -1202,7 +1212,10 @@ AT_ONCE = 64  # lifetimes of one process
 
 
 def in_parts(config: MetaTest) -> list[MetaTest]:
-    "The same lifetimes as curves of `AT_ONCE` each, where their number is a multiple of it."
+    """The same lifetimes as curves of `AT_ONCE` each, where their number is a multiple of it.
+
+    Lifetimes that are yoked to others are so within a part.
+    """
     size = AT_ONCE if config.lifetimes % AT_ONCE == 0 else config.lifetimes
     count = config.lifetimes // size
     first = config.seed * count

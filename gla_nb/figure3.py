@@ -564,7 +564,7 @@ def plot_ppo(folders: dict[str, Path], window: int = 10) -> "Figure":
     mean, deviation = CLEANRL
     axes[0].axhspan(mean - deviation, mean + deviation, color="0.9", zorder=0)
     axes[0].axhline(mean, color="0.6", lw=1, label="CleanRL at 8M steps")
-    axes[0].axhline(1004, color="0.6", ls=":", label="standing still")
+    axes[0].axhline(1000, color="0.6", ls=":", label="standing still")
     axes[0].set(ylabel="return", title="PPO, the data: return")
     axes[1].axhline(0.5, color="0.6", ls=":", lw=1)
     axes[1].set(ylabel="m/s", title="forward reward per step")

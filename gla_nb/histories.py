@@ -409,8 +409,9 @@ def final_defects(history: History) -> list[str]:
     "Episodes without a final observation, and final observations without an episode's end."
     done = history.terminated | history.truncated
     present = (history.final_observation != 0).any(-1)
+    missing = done & ~present & np.any(history.observation)  # a task may show nothing but zeros
     texts = {
-        "final_observation is missing (all zeros) in {} rows that end an episode": done & ~present,
+        "final_observation is missing (all zeros) in {} rows that end an episode": missing,
         "final_observation is not zero in {} rows that do not end an episode": ~done & present,
     }
     return [text.format(rows.sum()) for text, rows in texts.items() if rows.any()]

@@ -12,16 +12,17 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'divergence', 'total', 'segment_losses', 'by_segment', 'masked_mean', 'learning_rate', 'use_bfloat16',
            'new_agent', 'check_shapes', 'split_runs', 'Trainer', 'new_optimizer', 'optimizer_step', 'batch_of',
            'next_batch', 'train_step', 'evaluate_loss', 'unseen_projections', 'save_checkpoint', 'read_checkpoint',
-           'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'agent_card', 'train',
-           'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all', 'training_progress',
-           'Experiment', 'both_ways', 'lapsing', 'projected', 'conditioned', 'find_experiment', 'made_by', 'ship_agent',
-           'shipped_agent', 'running_scale']
+           'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'data_name', 'finished_histories',
+           'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
+           'training_progress', 'Experiment', 'both_ways', 'lapsing', 'projected', 'conditioned', 'find_experiment',
+           'made_by', 'ship_agent', 'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import functools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +40,7 @@ from safetensors.torch import save
 
 from .agent import GLA
 from .collect import CollectConfig, run_folders
-from .histories import History, open_history, update_returns
+from .histories import History, HistoryError, open_history, update_returns
 from gla_nb.projections import (
     SIZES,
     Projections,
@@ -54,6 +55,7 @@ from gla_nb.stages import (
     ADDED,
     LOG,
     Live,
+    config_hash,
     cpu_threads,
     locked,
     outputs_folder,
@@ -222,8 +224,14 @@ def history_tokens(history: History) -> tuple:
 
 # %% ../nbs/03_train.ipynb #820d1fc8
 def smooth_returns(history: History, window: int = 5) -> np.ndarray:
-    "(updates,) mean return of each policy, averaged over neighbours: one update is a small sample."
+    """(updates,) mean return of each policy, over neighbours: one update is a small sample.
+
+    Where no episode has ever ended it is the mean reward of each update.
+    """
     values = pd.Series(update_returns(history))
+    if values.isna().all():
+        rewards = np.reshape(history.reward, (history.streams, history.updates, -1))
+        values = pd.Series(rewards.mean((0, 2)))
     return values.rolling(window, center=True, min_periods=1).mean().to_numpy()
 
 # %% ../nbs/03_train.ipynb #80e179df
@@ -842,6 +850,7 @@ def optimizer_step(trainer: Trainer, batch: Batch) -> None:
     count = batch.weight.sum()
     if accelerator.num_processes > 1:  # the mean over the scored tokens of all processes
         count = accelerator.reduce(count, "mean")
+    count = count.clamp(min=1 / accelerator.num_processes)  # a batch may have no target at all
     loss = (total(trainer.terms(batch)) * batch.weight).sum() / count
     trainer.optimizer.zero_grad()
     accelerator.backward(loss)
@@ -984,7 +993,7 @@ def plot_losses(log: list[dict], ax: "Axes | None" = None) -> "Axes":
 # %% ../nbs/03_train.ipynb #205a8660
 def checkpoint_folder(config: TrainConfig, histories: Path | str | list | tuple) -> Path:
     "The folder of the agent that `config` trains on the histories in one or several folders."
-    names = [Path(folder).name for folder in history_folders(histories)]
+    names = [data_name(Path(folder)) for folder in history_folders(histories)]
     name = "+".join(name.rsplit("-", 1)[0] for name in names) + f"-gap-{config.gap}"
     return stage_folder("checkpoints", name, {"train": plain(config), "on": names})
 
@@ -992,6 +1001,28 @@ def checkpoint_folder(config: TrainConfig, histories: Path | str | list | tuple)
 def history_folders(histories: Path | str | list | tuple) -> list[Path | str]:
     "One folder of learning histories, or one for each task, as a list."
     return list(histories) if isinstance(histories, list | tuple) else [histories]
+
+
+def data_name(folder: Path) -> str:
+    "The name of a folder of histories, with a hash of its runs unless `collect` gave it its name."
+    metas = [read_json(meta) for meta in sorted(folder.glob("run_*/meta.json"))]
+    exported = any("exported_from" in meta for meta in metas)
+    if not metas or (re.search("-[0-9a-f]{10}$", folder.name) and not exported):
+        return folder.name
+    return f"{folder.name}-{config_hash(metas)}"
+
+
+def finished_histories(folder: Path | str) -> list[History]:
+    "The histories of all runs in a folder. `HistoryError` where a run is missing or not complete."
+    histories, about = [*map(open_history, run_folders(folder))], Path(folder) / "config.json"
+    asked = read_json(about)["config"]["runs"] if about.exists() else len(histories)
+    short = [history.folder.name for history in histories if not history.meta["complete"]]
+    if short or len(histories) < asked:
+        raise HistoryError(
+            f"{folder} is not complete: it has {len(histories)} of {asked} runs, and of these "
+            f"{short or 'none'} is unfinished. Collect it to the end first"
+        )
+    return histories
 
 
 def agent_card(trainer: Trainer) -> dict:
@@ -1007,13 +1038,15 @@ def train(config: TrainConfig, histories: Path | str | list | tuple, live: bool 
     main = int(os.environ.get("RANK", 0)) == 0  # one of several processes holds the lock
     with locked(folder) if main else nullcontext(), cpu_threads(config.threads):
         if not (folder / "agent" / "config.json").exists():
-            tasks = [[*map(open_history, run_folders(f))] for f in history_folders(histories)]
+            tasks = [finished_histories(each) for each in history_folders(histories)]
             trainer = Trainer(config, tasks, folder)
             load_checkpoint(trainer)
             train_loop(trainer, live)
             if main:
                 trainer.agent.save_pretrained(folder / "agent", about=agent_card(trainer))
             trainer.accelerator.wait_for_everyone()
+            del trainer
+            torch.cuda.empty_cache()  # for the processes that meta-test on the same GPU
         elif main:
             LOG.info("reusing the agent in %s", folder)
     return folder / "agent"
@@ -1246,7 +1279,7 @@ PENDULUM = replace(  # the smallest task in which learning through projections c
 # %% ../nbs/03_train.ipynb #476f6ea8
 EXPERIMENTS = {
     ("ant", "smoke"): lapsing(ANT_SMOKE),
-    ("ant", "cpu"): lapsing(ANT),
+    ("ant", "cpu"): replace(lapsing(ANT), lifetimes=256),
     ("ant", "paper"): lapsing(ANT_PAPER),
     ("ant_told", "smoke"): conditioned(ANT_SMOKE, (1, 2, 3)),
     ("ant_told", "cpu"): conditioned(ANT, (16, 64, 256)),

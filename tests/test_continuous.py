@@ -188,7 +188,7 @@ def test_committed_ants_learn_to_walk_in_context(gap):
     noise = {"agent": "magnitude_matched", "gap": gap}
     still = per_lifetime(bins, "reward", 24, 32, **noise)
     still -= per_lifetime(bins, "reward", 0, 8, **noise)
-    assert len(gain) == len(still) == 64
+    assert len(gain) == len(still) == 256
     for effect in (gain, gain - still):
         assert effect.mean() > 0 and paired_test(effect) < 0.01
         assert stats.wilcoxon(effect).pvalue < 0.01, "a second opinion, from another test"
@@ -207,7 +207,7 @@ def test_committed_largest_gap_starts_above_all_others():
 def test_committed_ants_keep_what_they_learned():
     _, bins = tables(CPU, "figure3_ant")
     kept = []
-    for gap in (32, 64):
+    for gap in (32, 64, "max"):
         ours = {"agent": "gla", "gap": gap}
         early, late = (per_lifetime(bins, "reward", *b, **ours) for b in ((2, 6), (16, 20)))
         noise = per_lifetime(bins, "reward", 2, 6, agent="magnitude_matched", gap=gap)

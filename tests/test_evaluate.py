@@ -23,6 +23,7 @@ from gla_nb.evaluate import (
     bins_table,
     bootstrap_interval,
     change,
+    claim_rows,
     claims_table,
     curve,
     differences,
@@ -55,7 +56,7 @@ from gla_nb.evaluate import (
     write_table,
     yoke_to,
 )
-from gla_nb.histories import HistoryWriter, episode_returns
+from gla_nb.histories import HistoryWriter, episode_returns, export_histories
 from gla_nb.projections import TokenLayout
 from gla_nb.stages import plain, seed_number, seed_sequence, stage_folder
 from gla_nb.transformer import GLAConfig
@@ -407,6 +408,13 @@ def test_a_matched_curve_has_the_actions_gap_and_seeds_of_its_agent(trained):
     np.testing.assert_array_equal(kept.forward_reward, noise.forward_reward)
     GLA(GLAConfig(layout=BOX, layers=1, width=16, heads=2, window=16)).save_pretrained(trained)
     assert meta_test_folder(replace(config, matched=True)) not in folders
+
+
+def test_fresh_weights_are_one_network_in_all_parts_of_a_curve(trained, monkeypatch):
+    monkeypatch.setattr("gla_nb.evaluate.AT_ONCE", 2)
+    config = MetaTest(TASKS[BOX], trained, lifetimes=4, interactions=20, untrained=True)
+    (parts,) = run_meta_tests([config], jobs=1)
+    np.testing.assert_allclose(parts.reward, run_meta_test(config).reward, atol=1e-5)
 
 
 def test_a_matched_curve_keeps_the_switches_of_its_agent_and_a_name_of_its_own(trained):
@@ -959,6 +967,17 @@ def test_lifetimes_are_paired_by_seed_and_not_by_place():
     assert differences(ours, theirs).tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("effect", ["first_episode", "final_return", "interactions_to"])
+def test_a_lifetime_without_an_end_is_not_dropped_from_a_claim(effect):
+    reward, ends = np.ones((3, 40)), np.tile(np.arange(40) % 10 == 9, (3, 1))
+    ends[1] = False
+    threshold = {"threshold": 5.0} if effect == "interactions_to" else {}
+    lives = lifetimes_of(reward, ends)
+    claim = Claim("earns something", effect, gap=4, against=0.0, **threshold)
+    with pytest.raises(ValueError, match=r"no value in lifetimes \[1\]"):
+        claim_rows(claim, "figure", episodes_table(lives), bins_table(lives))
+
+
 def test_claims_refuse_what_is_not_there():
     episodes, bins = figure_tables()
     with pytest.raises(ValueError, match="no curve .'gla', '2'."):
@@ -1084,6 +1103,9 @@ def test_ppo_runs_are_lifetimes_whose_streams_take_turns(tmp_path):
     np.testing.assert_allclose(np.sort(table["return"]), np.sort(known.returns), atol=1e-6)
     np.testing.assert_array_equal(np.sort(table["length"]), np.sort(known.lengths))
     assert ppo_lifetimes(folders, interactions=30).interactions == 30
+    small = export_histories(tmp_path, tmp_path / "export", every=2, steps=4)
+    with pytest.raises(ValueError, match="exports have gaps .*run_0"):
+        ppo_lifetimes(sorted(small.glob("run_*")))
 
 
 @pytest.mark.parametrize("reported", [(True, True), (True, False), (False, False)])

@@ -10,6 +10,7 @@ import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,7 @@ from gla_nb.train import (
     save_checkpoint,
     ship_agent,
     shipped_agent,
+    smooth_returns,
     token_table,
     train,
     train_all,
@@ -980,6 +982,45 @@ def test_exports_train_as_the_updates_they_keep(folders, tmp_path, task):
         train(tiny(gap=6, steps=2), small, live=False)
 
 
+def test_two_folders_of_one_name_train_two_agents(folders, tmp_path):
+    small, other = (
+        export_histories(folders["short"], tmp_path / name / "data", every=every, steps=16)
+        for name, every in (("one", 1), ("two", 2))
+    )
+    assert small.name == other.name
+    assert checkpoint_folder(TINY, small) != checkpoint_folder(TINY, other)
+    shutil.copytree(small, tmp_path / "elsewhere" / "data")  # the same data has the same agent
+    assert checkpoint_folder(TINY, small) == checkpoint_folder(TINY, tmp_path / "elsewhere/data")
+
+
+def test_training_waits_for_all_runs_to_be_complete(folders, tmp_path):
+    part = shutil.copytree(folders["short"], tmp_path / "part")
+    about = part / "run_001" / "meta.json"
+    about.write_text(about.read_text().replace('"complete": true', '"complete": false'))
+    with pytest.raises(HistoryError, match="run_001"):
+        train(tiny(steps=2), part, live=False)
+    shutil.rmtree(about.parent)
+    with pytest.raises(HistoryError, match=f"{RUNS - 1} of {RUNS} runs"):
+        train(tiny(steps=2), part, live=False)
+
+
+def test_batches_without_a_target_do_no_harm(folders):
+    config = tiny(tokens=16, segment_min=16, segment_max=16, batch=2, steps=20, before=0)
+    table = token_table([open_history(run) for run in run_folders(folders["short"])])
+    rng = generator()
+    targets = [plan_batch(config, table, [0, 1], rng, 2).scored.any() for _ in range(9)]
+    assert not all(targets)  # whose only segment has no update before it
+    log = read_log(train(config, folders["short"], live=False))
+    assert all(np.isfinite(row["train"]) for row in log)
+
+
+def test_without_an_end_of_an_episode_the_best_update_has_the_best_rewards(monkeypatch):
+    monkeypatch.setattr(training, "update_returns", lambda history: np.full(6, np.nan))
+    rewards = np.repeat([0, 1, 5, 2, 4, 3], STEPS)[None].repeat(STREAMS, 0).astype(np.float32)
+    endless = SimpleNamespace(streams=STREAMS, updates=6, reward=rewards)
+    assert smooth_returns(endless, window=1).tolist() == [0, 1, 5, 2, 4, 3]
+
+
 def test_the_largest_gap_is_the_last_update(folders):
     assert read_log(train(tiny(gap=UPDATES - 1, steps=2), folders["short"], live=False))
 
@@ -992,7 +1033,7 @@ def test_histories_that_differ_in_shape_or_are_not_there(folders, histories, tmp
     meta = json.loads((mixed / "run_001" / "meta.json").read_text())
     meta |= {"updates_done": 4, "rows": 4 * STEPS, "complete": False}  # a run that was killed
     (mixed / "run_001" / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match=r"must agree in shape.* 4, 4, 4.* 4, 6, 4"):
+    with pytest.raises(HistoryError, match=r"not complete.*run_001"):
         train(TINY, mixed, live=False)
     with pytest.raises(HistoryError, match="elsewhere holds no runs: collect them first"):
         train(TINY, tmp_path / "elsewhere", live=False)
