@@ -644,7 +644,7 @@ import gymnasium as gym
 import gla_nb.tasks  # registers the environments of this library
 from gla_nb.agent import GLA
 
-env = gym.make({task}{arguments})
+{environments}
 agent = GLA.from_pretrained("FOLDER")  # or its name on the Hub
 agent.begin(env, seed=0)
 observation, _ = env.reset(seed=0)
@@ -669,8 +669,10 @@ def card(agent: "GLA") -> str:
     about, layout = agent.about, agent.config.layout
     size = sum(parameter.numel() for parameter in agent.parameters())
     tasks = [task for task in about.get("tasks", []) if isinstance(task, dict)]
-    task: dict = tasks[0] if tasks else {"id": "ENVIRONMENT", "kwargs": {}}
-    arguments = "".join(f", {name}={json.dumps(value)}" for name, value in task["kwargs"].items())
+    makers = []
+    for task in tasks or [{"id": "ENVIRONMENT", "kwargs": {}}]:
+        values = "".join(f", {name}={json.dumps(value)}" for name, value in task["kwargs"].items())
+        makers.append(f"env = gym.make({json.dumps(task['id'])}{values})")
     kind = "for any Box task of up to " * bool(layout.projection)
     kind += f"{layout.observation} observations and {layout.action} "
     kind += "discrete actions" if layout.discrete else "continuous actions"
@@ -680,7 +682,7 @@ def card(agent: "GLA") -> str:
         f"# {about.get('name', 'An agent')}: a general-purpose in-context learning agent",
         f"{size:,} parameters, {kind}, a context of {agent.config.window} tokens. It begins each "
         "lifetime with an empty context and takes no gradient steps.",
-        USE.format(task=json.dumps(task["id"]), arguments=arguments),
+        USE.format(environments="\n# or: ".join(makers)),
     ]
     if about.get("results"):
         parts += ["## Results", "Quarters of a lifetime, in mean reward per step."]
