@@ -83,6 +83,7 @@ def test_the_figures_leave_exactly_their_files(smoke):
     names |= {f"{name}_controls": KINDS for name in [*names]} | {"figure3_ant_ppo": []}
     plain = [kind for kind in KINDS + rest if "controls" not in kind]
     names |= {"figure4_ppo": [], "conditioning": plain, "long_lifetimes": plain}
+    names |= {"long_lifetimes_standing": [".csv", ".md"]}
     expected = {"claims.csv", "claims.md"} | {
         f"{name}{kind}" for name in names for kind in names[name]
     }

@@ -22,6 +22,7 @@ TABLES = [
     "figure4_table",
     "figure4_controls",
     "long_lifetimes_table",
+    "long_lifetimes_standing",
     "figure5_table",
     "figure5_pendulum_table",
     "figure5_pendulum_controls",
