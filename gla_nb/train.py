@@ -1015,7 +1015,8 @@ def data_name(folder: Path) -> str:
 def finished_histories(folder: Path | str) -> list[History]:
     "The histories of all runs in a folder. `HistoryError` where a run is missing or not complete."
     histories, about = [*map(open_history, run_folders(folder))], Path(folder) / "config.json"
-    asked = read_json(about)["config"]["runs"] if about.exists() else len(histories)
+    plan = read_json(about).get("config", {}) if about.exists() else {}
+    asked = plan.get("runs", len(histories))
     short = [history.folder.name for history in histories if not history.meta["complete"]]
     if short or len(histories) < asked:
         raise HistoryError(
@@ -1033,7 +1034,10 @@ def agent_card(trainer: Trainer) -> dict:
 
 # %% ../nbs/03_train.ipynb #92c0de3e
 def train(config: TrainConfig, histories: Path | str | list | tuple, live: bool = True) -> Path:
-    "Train on the histories in a folder, or one for each task, or reuse; returns the agent's."
+    """Train on the histories in a folder, or one for each task, or reuse; returns the agent's.
+
+    Raises `HistoryError` for histories that are damaged or not complete.
+    """
     folder = checkpoint_folder(config, histories)
     main = int(os.environ.get("RANK", 0)) == 0  # one of several processes holds the lock
     with locked(folder) if main else nullcontext(), cpu_threads(config.threads):
