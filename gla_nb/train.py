@@ -121,9 +121,15 @@ class TrainConfig:
     observation_noise: float = field(default=0.0, metadata=ADDED)
     # Share of the sequences in which PPO seems to fall back for a while: context, but no target.
     lapse: float = field(default=0.0, metadata=ADDED)
+    window: int = field(default=0, metadata=ADDED)  # tokens attended to; 0: the whole sequence
 
     def __post_init__(self) -> None:
         check_train_config(self)
+
+    @property
+    def attended(self) -> int:
+        "Tokens that the network attends to, and that its running statistics count at most."
+        return self.window or self.tokens
 
 # %% ../nbs/03_train.ipynb #4907b4ae
 OBJECTIVES = ("both", "forward", "reverse", "nll")
@@ -153,6 +159,11 @@ def check_train_config(config: TrainConfig) -> None:
         share = getattr(config, name)
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}: give a share of the sequences from 0 to below 1")
+    if config.window and not 2 <= config.window <= config.tokens:
+        raise ValueError(
+            f"window is {config.window}: give a number of tokens from 2 to the {config.tokens} of "
+            "a sequence, or 0 for all of them"
+        )
     if config.projection:
         check_law(config.projection)
     elif config.matching or config.pool != "endless" or config.one_projection:
@@ -741,13 +752,13 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
 
 # %% ../nbs/03_train.ipynb #3996e79b
 def new_agent(config: TrainConfig, layout: TokenLayout) -> GLA:
-    "An untrained agent; its weights depend on the seed alone. The window is one training sequence."
+    "An untrained agent; its weights depend on the seed alone."
     shape = GLAConfig(
         layout,
         config.layers,
         config.width,
         config.heads,
-        window=config.tokens,
+        window=config.attended,
         matching=config.matching,
     )
     return GLA(shape, seed=seed_number("train", config.seed))
@@ -792,7 +803,7 @@ class Trainer:
         # Without `cpu`, `torchrun` without a GPU would train as many agents as it has processes.
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
-        cap = config.tokens if config.normalise else 0
+        cap = config.attended if config.normalise else 0
         self.train_runs, self.held_out_runs = split_runs([*map(len, tasks)], config.held_out)
         self.table = token_table(sum(tasks, []), config.eta, self.device, cap)
         check_shapes(config, self.table)

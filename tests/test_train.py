@@ -982,6 +982,24 @@ def test_exports_train_as_the_updates_they_keep(folders, tmp_path, task):
         train(tiny(gap=6, steps=2), small, live=False)
 
 
+def test_a_sequence_may_be_longer_than_the_window(folders):
+    config = tiny(window=16, steps=3)
+    agent = GLA.from_pretrained(train(config, folders["swing"], live=False))
+    assert agent.config.window == 16 < config.tokens
+    tokens = torch.randn(2, 40, agent.config.layout.width, generator=torch.manual_seed(0))
+    far = tokens.clone()
+    far[:, :5] += 1  # out of sight of the last tokens: more than the layers pass on
+    with torch.no_grad():
+        near, others = agent(tokens), agent(far)
+    sight = agent.config.layers * (agent.config.window - 1)
+    torch.testing.assert_close(near[:, 5 + sight :], others[:, 5 + sight :])
+    assert (near[:, :5] != others[:, :5]).any()
+    assert checkpoint_folder(config, folders["swing"]) != checkpoint_folder(TINY, folders["swing"])
+    for window in (1, 49, -1):
+        with pytest.raises(ValueError, match=f"window is {window}: give .* from 2 to the 48"):
+            tiny(window=window)
+
+
 def test_two_folders_of_one_name_train_two_agents(folders, tmp_path):
     small, other = (
         export_histories(folders["short"], tmp_path / name / "data", every=every, steps=16)
