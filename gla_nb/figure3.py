@@ -41,7 +41,7 @@ from gla_nb.evaluate import (
     select,
     summary,
 )
-from .histories import open_history
+from .histories import open_history, update_mean
 from .stages import plain, read_json, versions, whole, write_json
 from .tasks import find_task, reports_forward
 from .train import Experiment, TrainConfig
@@ -542,9 +542,7 @@ CLEANRL = (1824, 906)  # return that CleanRL published for its PPO on Ant-v4 at 
 
 def update_means(folder: Path | str, name: str = "forward_reward") -> np.ndarray:
     "Mean (runs, updates) of an array of each history in a folder, over streams and steps."
-    histories = [open_history(run) for run in run_folders(folder)]
-    shape = (histories[0].streams, histories[0].updates, -1)
-    return np.stack([np.reshape(getattr(h, name), shape).mean((0, 2)) for h in histories])
+    return np.stack([update_mean(open_history(run), name) for run in run_folders(folder)])
 
 
 def plot_ppo(folders: dict[str, Path], window: int = 10) -> "Figure":

@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'VERSION', 'PRECISIONS', 'describe_action', 'row_fields', 'ArrayFile', 'new_meta', 'HistoryWriter',
            'check_rows', 'HistoryError', 'History', 'meta_defects', 'array_defects', 'file_defects', 'open_history',
            'value_defects', 'action_defects', 'distribution_defects', 'final_defects', 'validate', 'row_defects',
-           'Episodes', 'episode_returns', 'update_returns', 'update_interactions', 'plot_history', 'export_meta',
-           'export_rows', 'export_history', 'is_exported', 'export_bytes', 'export_histories']
+           'Episodes', 'episode_returns', 'update_returns', 'update_mean', 'update_interactions', 'plot_history',
+           'export_meta', 'export_rows', 'export_history', 'is_exported', 'export_bytes', 'export_histories']
 
 # %% ../nbs/01a_histories.ipynb #611b25e9
 import json
@@ -473,6 +473,12 @@ def update_returns(history: History) -> np.ndarray:
     return total[source] / count[source]
 
 # %% ../nbs/01a_histories.ipynb #b59c21fb
+def update_mean(history: History, name: str) -> np.ndarray:
+    "Mean (updates,) of an array of the history, as `reward`, over the streams and steps of each."
+    shape = (history.streams, history.updates, -1)
+    return np.reshape(getattr(history, name), shape).mean((0, 2))
+
+
 def update_interactions(history: History) -> np.ndarray:
     "Interactions (updates,) of the whole run, all streams together, at the end of each update."
     run = history.meta.get("exported_from", history.meta)

@@ -111,8 +111,8 @@ def long_lifetimes(row: Experiment, agents: dict, seed: int) -> dict[str, Lifeti
         label: replace(base, agent=str(folder), name=label.replace(" ", "_"))
         for label, folder in agents.items()
     }
-    first = replace(curves["progress alone"], lifetimes=count)
-    first = replace(first, seed=base.seed * base.lifetimes // count)  # so that all begin alike
+    begin = base.seed * base.lifetimes // count  # so that all have the same first lifetimes
+    first = replace(curves["progress alone"], lifetimes=count, seed=begin)
     curves["progress alone"] = first
     curves["noise"] = replace(curves["falling back too"], matched=True, name="noise")
     calls = {label: delayed(run_meta_test)(curve) for label, curve in curves.items()}

@@ -40,7 +40,7 @@ from safetensors.torch import save
 
 from .agent import GLA
 from .collect import CollectConfig, run_folders
-from .histories import History, HistoryError, open_history, update_returns
+from .histories import History, HistoryError, open_history, update_mean, update_returns
 from gla_nb.projections import (
     SIZES,
     Projections,
@@ -241,8 +241,7 @@ def smooth_returns(history: History, window: int = 5) -> np.ndarray:
     """
     values = pd.Series(update_returns(history))
     if values.isna().all():
-        rewards = np.reshape(history.reward, (history.streams, history.updates, -1))
-        values = pd.Series(rewards.mean((0, 2)))
+        values = pd.Series(update_mean(history, "reward"))
     return values.rolling(window, center=True, min_periods=1).mean().to_numpy()
 
 # %% ../nbs/03_train.ipynb #80e179df
@@ -1031,8 +1030,8 @@ def finished_histories(folder: Path | str) -> list[History]:
     short = [history.folder.name for history in histories if not history.meta["complete"]]
     if short or len(histories) < asked:
         raise HistoryError(
-            f"{folder} is not complete: it has {len(histories)} of {asked} runs, and of these "
-            f"{short or 'none'} is unfinished. Collect it to the end first"
+            f"{folder} is not complete (it has {len(histories)} of {asked} runs; unfinished: "
+            f"{', '.join(short) or 'none of them'}): collect it to the end first"
         )
     return histories
 
