@@ -5,8 +5,8 @@
 PYTHON ?=
 SCALE ?= cpu
 # Each is drawn into outputs/SCALE/; later ones share histories and agents with earlier ones.
-ALL_FIGURES = figure3_grid figure3_ant figure4 figure5 figure5_pendulum projection_study \
-    long_lifetimes conditioning claims
+ALL_FIGURES = figure3_grid figure3_ant figure4 figure5 figure5_longer figure5_pendulum \
+    projection_study long_lifetimes conditioning claims
 FIGURES ?= $(ALL_FIGURES)
 
 OUTPUTS := $(if $(GLA_NB_OUTPUTS),$(GLA_NB_OUTPUTS),outputs)
@@ -57,6 +57,8 @@ figures: .venv/.installed  ## FIGURES (by default all) at SCALE=smoke, cpu or pa
 	            notebook=10_figure3; parameters="-p experiment $${figure#figure3_}" ;; \
 	        figure4) notebook=11_figure4 ;; \
 	        figure5) notebook=12_figure5 ;; \
+	        figure5_longer) \
+	            notebook=12_figure5; parameters="-p experiment ant_projected_longer" ;; \
 	        figure5_pendulum) \
 	            notebook=12_figure5; \
 	            parameters="-p experiment pendulum_projected -p controls True" ;; \

@@ -421,7 +421,8 @@ def training_turns(sizes: Sizes) -> pd.DataFrame:
     tasks = [[*map(open_history, run_folders(runs))]]
     per_step, turns = row.train.batch * row.train.tokens, []
     for context in sizes.training_contexts:
-        config = replace(row.train, tokens=context, batch=max(1, per_step // context), held_out=1)
+        batch = max(1, per_step // context)
+        config = replace(row.train, tokens=context, window=0, batch=batch, held_out=1)
         with cpu_threads(config.threads):
             trainer = Trainer(config, tasks, outputs_folder() / "benchmarks")
             shape = trainer.agent.config

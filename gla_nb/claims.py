@@ -34,6 +34,7 @@ PAPER = [  # what the paper says, our figure, and a pattern of our claims
     ("Ant-Dir, both tasks: adapts to either", "figure4", r"trained on both: velocity"),
     ("... and few take the wrong one (ours)", "figure4", r"trained on both: more than 80 %"),
     ("Projected Ant-v4: learns to learn", "figure5", r"gla_\d improves within"),
+    ("... trained longer, in longer contexts (ours)", "figure5_longer", r"gla_\d improves within"),
     ("... by more than doing less brings (ours)", "figure5", r"gla_\d gains more than magnitude"),
     (
         "... and by more than from others' rewards (ours)",
@@ -79,7 +80,11 @@ def paper_rows(claims: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/16_claims.ipynb #18b1fb1c
-SEVERAL = ("figure4", "figure5")  # figures of several tasks: the test names its own
+SEVERAL = (
+    "figure4",
+    "figure5",
+    "figure5_longer",
+)  # figures of several tasks: the test names its own
 
 
 def figure_seconds(folder: Path | str, figure: str) -> float:

@@ -14,8 +14,8 @@ __all__ = ['OBJECTIVES', 'ROW_FIELDS', 'HEAD', 'BATCH', 'ONE_STREAM', 'GRID', 'A
            'next_batch', 'train_step', 'evaluate_loss', 'unseen_projections', 'save_checkpoint', 'read_checkpoint',
            'load_checkpoint', 'plot_losses', 'checkpoint_folder', 'history_folders', 'data_name', 'finished_histories',
            'agent_card', 'train', 'train_loop', 'tensorboard_writer', 'report', 'loss_figure', 'read_log', 'train_all',
-           'training_progress', 'Experiment', 'both_ways', 'lapsing', 'projected', 'conditioned', 'find_experiment',
-           'made_by', 'ship_agent', 'shipped_agent', 'running_scale']
+           'training_progress', 'Experiment', 'both_ways', 'lapsing', 'projected', 'longer', 'conditioned',
+           'find_experiment', 'made_by', 'ship_agent', 'shipped_agent', 'running_scale']
 
 # %% ../nbs/03_train.ipynb #1c013282
 import functools
@@ -1261,14 +1261,29 @@ def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
 
 
 def lapsing(row: Experiment) -> Experiment:
-    "The same with an agent that has seen PPO fall back, and so does not itself, once it learned."
-    return replace(row, train=replace(row.train, lapse=0.5))
+    """The same with an agent that has seen PPO fall back, and so does not itself, once it learned.
+
+    Sequences are two windows long, so that a lapse can fill what the agent attends to.
+    """
+    ours = row.train
+    twice: dict[str, Any] = {"tokens": 2 * ours.tokens, "batch": ours.batch // 2}
+    return replace(row, train=replace(ours, lapse=0.5, window=ours.tokens, **twice))
 
 
 def projected(row: Experiment, **changes: Any) -> Experiment:
     "The same with a network to which all projections are one; with `matching=0` each is learned."
     train = replace(row.train, projection="orthonormal", matching=8, **changes)
     return replace(row, train=train, gaps=(row.train.gap,))
+
+
+def longer(row: Experiment) -> Experiment:
+    "The same with twice the context, as many transitions in a step, more steps, and lapses."
+    ours, twice = row.train, dict[str, Any]()
+    for name in ("tokens", "segment_min", "segment_max"):
+        twice[name] = 2 * getattr(ours, name)
+    steps = ours.steps * 8 // 5
+    train = replace(ours, **twice, batch=ours.batch // 2, steps=steps, lapse=0.5)
+    return replace(row, train=train)
 
 
 def conditioned(row: Experiment, gaps: tuple) -> Experiment:
@@ -1341,6 +1356,10 @@ EXPERIMENTS = {
         ),
     ),
 }  # fmt: skip
+EXPERIMENTS |= {
+    ("ant_projected_longer", scale): longer(EXPERIMENTS["ant_projected", scale])
+    for scale in ("smoke", "cpu", "paper")
+}
 
 # %% ../nbs/03_train.ipynb #bddd2616
 def find_experiment(

@@ -200,6 +200,8 @@ def test_demo_and_figures_start_notebooks_through_the_module_that_checks_paramet
         "nbs/10_figure3.ipynb elsewhere/smoke/figure3_ant.ipynb -p experiment ant -p scale smoke",
         "nbs/11_figure4.ipynb elsewhere/smoke/figure4.ipynb -p scale smoke",
         "nbs/12_figure5.ipynb elsewhere/smoke/figure5.ipynb -p scale smoke",
+        "nbs/12_figure5.ipynb elsewhere/smoke/figure5_longer.ipynb "
+        "-p experiment ant_projected_longer -p scale smoke",
         "nbs/12_figure5.ipynb elsewhere/smoke/figure5_pendulum.ipynb "
         "-p experiment pendulum_projected -p controls True -p scale smoke",
         "nbs/13_projection_study.ipynb elsewhere/smoke/projection_study.ipynb -p scale smoke",
