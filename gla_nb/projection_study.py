@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 POOLS: tuple[int | Literal["endless"], ...] = (1, 16, 256, 4096, "endless")
 STEPS = 200  # of each row but the last two, at most
 LONG = "equivariant, as in Figure 5"  # with all its steps
-LONGER = "equivariant, twice the context, longer"  # judged by longer sequences, too
+LONGER = "equivariant, twice the context, longer"  # judged by sequences of its own
 
 
 def study_rows(row: Experiment) -> dict[str, TrainConfig]:
@@ -133,7 +133,9 @@ def plot_study(logs: dict[str, list], imitated: float) -> "Figure":
     axes[0].set(xticks=range(len(POOLS)), xticklabels=POOLS, ylabel="divergence (nats)")
     for name in ("plain, pool of endless", "equivariant", LONG, LONGER):
         frame = pd.DataFrame(logs[name])
-        axes[1].plot(frame["step"], frame["unseen"], marker="o", label=name)
+        own = name == LONGER
+        look = {"label": name + " (own sequences)" * own, "ls": ":" if own else "-"}
+        axes[1].plot(frame["step"], frame["unseen"], marker="o", **look)
     axes[1].set(title="unseen projections", xlabel="training step", yscale="log", xscale="log")
     for ax in axes:
         ax.axhline(imitated, color="0.6", ls="--", label="regression on the context")

@@ -1261,9 +1261,9 @@ def both_ways(row: Experiment, gap: int, **changes: Any) -> Experiment:
 
 
 def lapsing(row: Experiment) -> Experiment:
-    """The same with an agent that has seen PPO fall back, and so does not itself, once it learned.
+    """The same with an agent that has seen PPO fall back in half of its sequences.
 
-    Sequences are two windows long, so that a lapse can fill what the agent attends to.
+    They are two windows long, so that the longest lapses fill what the agent attends to.
     """
     ours = row.train
     twice: dict[str, Any] = {"tokens": 2 * ours.tokens, "batch": ours.batch // 2}
@@ -1278,12 +1278,15 @@ def projected(row: Experiment, **changes: Any) -> Experiment:
 
 def longer(row: Experiment) -> Experiment:
     "The same with twice the context, as many transitions in a step, more steps, and lapses."
-    ours, twice = row.train, dict[str, Any]()
-    for name in ("tokens", "segment_min", "segment_max"):
-        twice[name] = 2 * getattr(ours, name)
-    steps = ours.steps * 8 // 5
-    train = replace(ours, **twice, batch=ours.batch // 2, steps=steps, lapse=0.5)
-    return replace(row, train=train)
+    ours, longest = row.train, row.collect.steps_per_update  # segments must fit into an update
+    twice: dict[str, Any] = {
+        "tokens": 2 * ours.tokens,
+        "batch": ours.batch // 2,
+        "segment_min": 2 * ours.segment_min,
+        "segment_max": min(2 * ours.segment_max, longest),
+        "steps": ours.steps * 8 // 5,
+    }
+    return replace(row, train=replace(ours, lapse=0.5, **twice))
 
 
 def conditioned(row: Experiment, gaps: tuple) -> Experiment:

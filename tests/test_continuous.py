@@ -16,7 +16,7 @@ from gla_nb.conditioning import request_claims
 from gla_nb.evaluate import bootstrap_interval, claims_table, paired_test, read_table
 from gla_nb.figure3 import figure_claims
 from gla_nb.figure4 import direction_claims, direction_control_claims
-from gla_nb.figure5 import TASKS_OF, domain_claims, domain_control_claims
+from gla_nb.figure5 import FIGURE_OF, ONLY_OURS, TASKS_OF, domain_claims, domain_control_claims
 from gla_nb.long_lifetimes import forgetting_claims
 from gla_nb.train import find_experiment
 
@@ -41,10 +41,15 @@ def claims_of(figure, scale, episodes, bins):
     if figure == "long_lifetimes":
         return forgetting_claims(find_experiment("ant", scale).train.gap)
     if figure.startswith("figure5"):
-        name = "pendulum_projected" if "pendulum" in figure else "ant_projected"
+        named = figure.removesuffix("_controls")
+        name = {made: name for name, made in FIGURE_OF.items()}[named]
         row, tasks = find_experiment(name, scale), TASKS_OF[name]
         controls = domain_control_claims(row.train.gap, row.baselines, tasks)
-        return controls if "controls" in figure else domain_claims(row.train.gap, tasks)
+        return (
+            controls
+            if "controls" in figure
+            else domain_claims(row.train.gap, tasks, name in ONLY_OURS)
+        )
     gap = find_experiment("ant_dir", scale).train.gap
     return (direction_control_claims if "controls" in figure else direction_claims)(gap)
 
@@ -206,7 +211,7 @@ def test_committed_largest_gap_starts_above_all_others():
 def test_committed_ants_keep_what_they_learned():
     _, bins = tables(CPU, "figure3_ant")
     kept = []
-    for gap in (32, 64, "max"):
+    for gap in (32, 64, 128, "max"):
         ours = {"agent": "gla", "gap": gap}
         early, late = (per_lifetime(bins, "reward", *b, **ours) for b in ((2, 6), (16, 20)))
         noise = per_lifetime(bins, "reward", 2, 6, agent="magnitude_matched", gap=gap)

@@ -1079,10 +1079,10 @@ def test_rows_of_the_table_of_experiments():
             changed = {"gap": row.train.gap, "seed": row.train.seed}
             assert training.replace(found.train, **changed) == row.train
             assert training.replace(found.collect, seed=row.collect.seed) == row.collect
-        if name == "ant_projected":  # four episodes of tasks that last 1,000 steps, or a multiple
+        if name.startswith("ant_projected"):  # four episodes of 1,000 steps, or a multiple
             assert scale == "smoke" or row.interactions % 4000 == 0
         elif name.startswith("ant"):  # the claims count windows of attention by their bins
-            assert row.interactions == (8 if name == "ant_dir" else 16) * row.train.tokens
+            assert row.interactions == (8 if name == "ant_dir" else 16) * row.train.attended
         # Segments must fit into the updates of that experiment, and runs must be left to train on.
         assert row.train.segment_max <= row.collect.steps_per_update
         assert row.train.held_out < row.collect.runs
