@@ -137,6 +137,7 @@ def plot_study(logs: dict[str, list], imitated: float) -> "Figure":
         look = {"label": name + " (own sequences)" * own, "ls": ":" if own else "-"}
         axes[1].plot(frame["step"], frame["unseen"], marker="o", **look)
     axes[1].set(title="unseen projections", xlabel="training step", yscale="log", xscale="log")
+    axes[1].set_ylim(top=4 * axes[1].get_ylim()[1])  # room for the legend
     for ax in axes:
         ax.axhline(imitated, color="0.6", ls="--", label="regression on the context")
         ax.legend(frameon=False, fontsize=8)

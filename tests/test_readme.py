@@ -24,6 +24,7 @@ TABLES = [
     "long_lifetimes_table",
     "long_lifetimes_standing",
     "figure5_table",
+    "figure5_longer_table",
     "figure5_pendulum_table",
     "figure5_pendulum_controls",
     "projection_study_table",
