@@ -481,12 +481,13 @@ def write_text(path: Path, text: str) -> None:
 def write_record(path: Path, row: Experiment, seed: int, seconds: dict) -> dict:
     "Write configuration, versions and seconds of each stage; returns these, with earlier ones."
     earlier = read_json(path) if path.exists() else {}
+    stages = dict(seconds)
     if earlier.get("experiment") == plain(row):  # a stage that was reused keeps what it took
-        earlier = earlier["seconds"]
-        seconds = {stage: max(spent, earlier.get(stage, 0)) for stage, spent in seconds.items()}
-    about = {"experiment": plain(row), "seed": seed, "versions": versions(), "seconds": seconds}
+        for stage, spent in earlier["seconds"].items():
+            stages[stage] = max(spent, stages.get(stage, 0))
+    about = {"experiment": plain(row), "seed": seed, "versions": versions(), "seconds": stages}
     write_json(path, about)
-    return seconds
+    return stages
 
 
 def save_figure(fig: "Figure", folder: Path, name: str) -> None:
