@@ -208,10 +208,11 @@ def standing_table(windows: pd.DataFrame) -> pd.DataFrame:
     for name, one in windows.groupby(["agent", "gap", "lifetimes"], sort=False):
         one = one.set_index("window")
         rest, stood = one.loc[4:].fillna(0), one["stand"].shift().loc[4:]
+        ran = 1 - stood
         shares = {
             "stand in window 3": one.loc[3, "stand"],
             f"in window {one.index[-1]}": one["stand"].iloc[-1],
-            "begin to, each window": np.average(rest["begin"], weights=1 - stood),
+            "begin to, each window": (rest["begin"] * ran).sum() / ran.sum(),
             "get up, each window": (rest["get_up"] * stood).sum() / stood.sum(),
         }
         row = dict(zip(("agent", "gap", "lifetimes"), name, strict=True))
