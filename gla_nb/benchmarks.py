@@ -50,6 +50,7 @@ from gla_nb.collect import (
 )
 from .evaluate import new_actor, new_record, run_lifetimes
 from .histories import open_history
+from .kernel import attention_here
 from .projections import TokenLayout
 from .report import devices, memory, processor
 from .stages import cores, cpu_threads, outputs_folder
@@ -774,5 +775,6 @@ def device_name() -> str:
 
 
 def machine() -> dict[str, str]:
-    "Processor, memory and devices of the machine at hand."
-    return {"processor": processor(), "memory": memory(), "devices": devices()}
+    "Processor, memory, devices and attention of the machine at hand."
+    parts = {"processor": processor(), "memory": memory(), "devices": devices()}
+    return parts | {"attention": attention_here()}

@@ -98,6 +98,9 @@ STAGES = ("histories", "checkpoints", "meta_tests", "agents")
 VARIABLES = {
     "GLA_NB_OUTPUTS": "the folder of all outputs",
     "GLA_NB_QUIET": "no progress displays",
+    "GLA_NB_KERNEL": "0: PyTorch's attention, not the compiled one",
+    "CXX": "the C++ compiler",
+    "XDG_CACHE_HOME": "where compiled attention is kept",
     "IN_TEST": "run notebooks work at the scale smoke",
     "RANK": "number of this process among those of torchrun",
     "OMP_NUM_THREADS": "threads of torch, and of the physics beside a GPU",

@@ -580,75 +580,23 @@ def test_configurations_survive_json():
     assert config_from(json.loads(json.dumps(plain(config)))) == config
 
 
-# Attention in strips ---------------------------------------------------------------------------
+# Attention -------------------------------------------------------------------------------------
 
 
-def qkv_and_gradient(attention, qkv, grad):
-    "Output and gradient of attention over `(B, T, 3, H, D)`, float32."
-    qkv = qkv.clone().requires_grad_()
-    y = attention(qkv, transformer.rotations(torch.arange(qkv.shape[1]), qkv.shape[-1], 1e4))
-    y.backward(grad)
-    return torch.cat([y.detach().flatten(), qkv.grad.flatten()]).float()
-
-
-def plain_attention(qkv, rotation):
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-    q, k = (transformer.rotate(part, rotation).to(v) for part in (q, k))
-    later = torch.full((q.shape[2], q.shape[2]), -math.inf).triu(1).to(v)
-    return ((q @ k.mT * q.shape[-1] ** -0.5 + later).softmax(-1) @ v).transpose(1, 2)
-
-
-ATTENTIONS = [transformer.StripAttention, transformer.FlashAttention]
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("length, scores", [(1, 2**20), (63, 2**10), (200, 2**15), (256, 2**20)])
-def test_strips_and_flash_are_attention(monkeypatch, attention, length, scores):
-    "One strip and several, the last one shorter; several groups, the last one smaller."
-    monkeypatch.setattr(transformer, "SCORES", scores)
-    qkv, grad = random_tokens(5, length, 3, 2, 8), random_tokens(5, length, 2, 8, seed=1)
-    ours = qkv_and_gradient(attention.apply, qkv, grad)
-    exact = qkv_and_gradient(plain_attention, qkv, grad)
-    torch.testing.assert_close(ours, exact, rtol=0, atol=2e-5)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # takes its input as it is
-        turns = transformer.rotations(torch.arange(length), 8, 1e4)
-        y = attention.apply(qkv, turns)
-    assert torch.equal(y.flatten(), ours[: y.numel()])
-
-
-def test_strips_are_for_short_sequences(monkeypatch):
-    used = []
-    for attention in ATTENTIONS:
-        monkeypatch.setattr(attention, "apply", lambda *_, a=attention: used.append(a))
-    for length in transformer.SHORT, transformer.SHORT + 1:
-        turns = transformer.rotations(torch.arange(length), 8, 1e4)
-        transformer.causal_attention(torch.zeros(1, length, 3, 1, 8), turns)
-    assert used == ATTENTIONS
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_attention_in_bfloat16_errs_by_its_rounding(attention):
-    qkv = 2 * random_tokens(3, 300, 3, 2, 16).bfloat16()
-    grad = random_tokens(3, 300, 2, 16, seed=1).bfloat16()
-    exact = qkv_and_gradient(plain_attention, qkv.float(), grad.float())
-    errors = [
-        ((qkv_and_gradient(f, qkv, grad) - exact).norm() / exact.norm()).item()
-        for f in (attention.apply, plain_attention)
-    ]
-    assert errors[0] < 1.2 * errors[1] < 0.02
-
-
-def test_a_block_attends_in_strips_as_it_does_without():
-    agent = make_agent(window=150)
+@pytest.mark.parametrize("window", [60, 150])
+def test_a_block_attends_compiled_as_it_does_by_pytorch(monkeypatch, window):
+    agent = make_agent(window=window)
     tokens, block = random_tokens(2, 150, 32), agent.blocks[0]
     turns = agent.rotation(torch.arange(150))
 
-    def plain():
-        return block.finish(tokens, block.attend(tokens, turns, None))
+    def both():
+        "With the kernel, and without."
+        for kernel in "10":
+            monkeypatch.setenv("GLA_NB_KERNEL", kernel)
+            yield block(tokens, turns, window)
 
-    exact = plain()
-    torch.testing.assert_close(block(tokens, turns, None), exact, rtol=0, atol=1e-5)
+    ours, exact = both()
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        both = block(tokens, turns, None), plain()
-    errors = [((y - exact).norm() / exact.norm()).item() for y in both]
+        errors = [((y - exact).norm() / exact.norm()).item() for y in both()]
     assert errors[0] < 2 * errors[1] < 0.03
