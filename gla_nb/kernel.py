@@ -6,7 +6,7 @@
 __all__ = ['SOURCE', 'FLAGS', 'ADDRESS', 'NUMBER', 'run_compiler', 'build', 'Work', 'load', 'fastest', 'kernel_for',
            'attention_here', 'workers', 'share_heads', 'CompiledAttention', 'compiled_attention']
 
-# %% ../nbs/00e_kernel.ipynb #fb8c8dce
+# %% ../nbs/00e_kernel.ipynb #c6660425
 import ctypes
 import hashlib
 import os
@@ -25,7 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# %% ../nbs/00e_kernel.ipynb #874b1f94
+# %% ../nbs/00e_kernel.ipynb #3cf9603b
 SOURCE = r"""#include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -38,7 +38,7 @@ enum { BYTES = 32 };
 #else
 enum { BYTES = 16 };
 #endif
-enum { LANES = BYTES / 4, BLOCK = 64 };  // numbers of a vector; queries, or keys, of a block
+enum { LANES = BYTES / 4, BLOCK = 32 };  // numbers of a vector; queries, or keys, of a block
 
 typedef float lanes __attribute__((vector_size(BYTES)));
 typedef int32_t integers __attribute__((vector_size(BYTES)));
@@ -76,7 +76,7 @@ static inline lanes power(lanes x)  // of two, to float32's last digits; 0 from 
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #3e538322
+# %% ../nbs/00e_kernel.ipynb #ee61fa1f
 SOURCE += r"""
 template <int where(int), int... i>
 static inline lanes chosen(lanes x, lanes y, std::integer_sequence<int, i...>)
@@ -119,7 +119,7 @@ static inline void transpose(lanes *rows)  // (LANES, LANES)
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #d2afb462
+# %% ../nbs/00e_kernel.ipynb #8e41a859
 SOURCE += r"""
 #if BFLOAT16 && defined __AMX_BF16__ && !PLAIN
 #define TILES 1
@@ -160,7 +160,7 @@ static inline void put(element *to, pairs x)
 #endif
 """
 
-# %% ../nbs/00e_kernel.ipynb #4332abbc
+# %% ../nbs/00e_kernel.ipynb #8e29e1eb
 SOURCE += r"""
 #if TILES
 typedef uint16_t factor;  // bfloat16
@@ -195,7 +195,7 @@ struct left_factor { const factor *start; long width; };
 struct right_factor { const factor *start; long width; };
 """
 
-# %% ../nbs/00e_kernel.ipynb #704fcf8d
+# %% ../nbs/00e_kernel.ipynb #3816c9b8
 SOURCE += r"""
 #if TILES
 #include <sys/syscall.h>
@@ -256,7 +256,7 @@ static void product(left_factor a, right_factor b, matrix c, long rows, long inn
 #endif
 """
 
-# %% ../nbs/00e_kernel.ipynb #42200cb7
+# %% ../nbs/00e_kernel.ipynb #e815e73b
 SOURCE += r"""
 #if !TILES
 static int begin() { return 0; }
@@ -287,9 +287,9 @@ static void product(left_factor a, right_factor b, matrix c, long rows, long inn
 #endif
 """
 
-# %% ../nbs/00e_kernel.ipynb #71441859
+# %% ../nbs/00e_kernel.ipynb #f43e3a16
 SOURCE += r"""
-struct block {  // 64 rows, each of its even numbers, and then of its odd ones
+struct block {  // BLOCK rows, each of its even numbers, and then of its odd ones
     float *start;
     long width;
 
@@ -297,7 +297,7 @@ struct block {  // 64 rows, each of its even numbers, and then of its odd ones
     shared &odd(long row, long pair) const { return even(row, pair + width / 2); }
 };
 
-static void put_rows(factor *to, block x)  // a left factor (64, width)
+static void put_rows(factor *to, block x)  // a left factor (BLOCK, width)
 {
     for (long row = 0; row < BLOCK; row++)
         for (long pair = 0; pair < x.width / 2; pair += LANES) {
@@ -308,7 +308,7 @@ static void put_rows(factor *to, block x)  // a left factor (64, width)
         }
 }
 
-static void put_right_rows(factor *to, block x)  // a right factor (64, width)
+static void put_right_rows(factor *to, block x)  // a right factor (BLOCK, width)
 {
     for (long row = 0; row < BLOCK; row += 2)
         for (long pair = 0; pair < x.width / 2; pair += LANES) {
@@ -322,9 +322,9 @@ static void put_right_rows(factor *to, block x)  // a right factor (64, width)
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #bad896a2
+# %% ../nbs/00e_kernel.ipynb #5e259973
 SOURCE += r"""
-static void put_columns(factor *left, factor *right, block x)  // of the transpose (width, 64)
+static void put_columns(factor *left, factor *right, block x)  // of the transpose (width, BLOCK)
 {
     for (long row = 0; row < BLOCK; row += LANES)
         for (long pair = 0; pair < x.width / 2; pair += LANES) {
@@ -344,7 +344,7 @@ static void put_columns(factor *left, factor *right, block x)  // of the transpo
         }
 }
 
-static void from_columns(block x, const float *from)  // (width, 64)
+static void from_columns(block x, const float *from)  // (width, BLOCK)
 {
     for (long row = 0; row < BLOCK; row += LANES)
         for (long pair = 0; pair < x.width / 2; pair += LANES) {
@@ -362,7 +362,7 @@ static void from_columns(block x, const float *from)  // (width, 64)
         }
 }
 
-static void from_rows(block x, const float *from)  // (64, width)
+static void from_rows(block x, const float *from)  // (BLOCK, width)
 {
     for (long row = 0; row < BLOCK; row++)
         for (long pair = 0; pair < x.width / 2; pair += LANES) {
@@ -373,7 +373,7 @@ static void from_rows(block x, const float *from)  // (64, width)
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #ae793a46
+# %% ../nbs/00e_kernel.ipynb #e3464884
 SOURCE += r"""
 enum { QUERY, KEY, VALUE };
 
@@ -414,14 +414,14 @@ static place place_of(const work &s, long head, int which)  // in (B, T, 3, H, D
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #339ca5b7
+# %% ../nbs/00e_kernel.ipynb #390e56c7
 SOURCE += r"""
 static void read(const work &s, block x, const element *from, place at, long first)
 {
     for (long row = 0; row < BLOCK; row++)
         for (long pair = 0; pair < s.width / 2; pair += LANES) {
             const element *here = from + at.start + (first + row) * at.stride + 2 * pair;
-            __builtin_prefetch(here + 16 * at.stride);
+            __builtin_prefetch(here + BLOCK * at.stride);
             long left = first + row < s.length ? s.size - 2 * pair : 0;
             pairs y;
             if (left >= 2 * LANES)
@@ -467,7 +467,7 @@ static void turn(const work &s, block x, long first, float scale, float directio
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #ec16076a
+# %% ../nbs/00e_kernel.ipynb #c616a98d
 SOURCE += r"""
 static void hide(const work &s, float *scores, long i, long j)
 {
@@ -519,7 +519,7 @@ struct room {  // memory that is given out piece by piece; without any, it only 
 };
 """
 
-# %% ../nbs/00e_kernel.ipynb #83d7bac6
+# %% ../nbs/00e_kernel.ipynb #eb52c97b
 SOURCE += r"""
 struct forward_room {
     room all;
@@ -562,7 +562,7 @@ static void attend(const work &s, forward_room &r, long i, softmax &seen)
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #c77e0dd4
+# %% ../nbs/00e_kernel.ipynb #cf62caa7
 SOURCE += r"""
 static const float LOG2_E = 1.44269504f;
 
@@ -606,7 +606,7 @@ extern "C" void forward(const work *all_work, long head, long last, element *out
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #3adb33e4
+# %% ../nbs/00e_kernel.ipynb #7b431cd5
 SOURCE += r"""
 static void multiply(block x, block y, float *to)  // the inner product of each two rows
 {
@@ -619,7 +619,7 @@ static void multiply(block x, block y, float *to)  // the inner product of each 
     }
 }
 
-struct slopes { factor *powers, *left, *right; };  // (64 keys, 64 queries) each
+struct slopes { factor *powers, *left, *right; };  // (BLOCK keys, BLOCK queries) each
 
 static void differentiate(const float *scores, const float *gains, const float *level,
                           const float *mean, slopes to)
@@ -640,7 +640,7 @@ static void differentiate(const float *scores, const float *gains, const float *
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #07b40900
+# %% ../nbs/00e_kernel.ipynb #b1a9654e
 SOURCE += r"""
 struct backward_room {
     room all;
@@ -685,7 +685,7 @@ static void read_queries(const work &s, backward_room &r, long head, const eleme
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #20b469a4
+# %% ../nbs/00e_kernel.ipynb #679aa2be
 SOURCE += r"""
 static void differentiate_keys(const work &s, backward_room &r, long head, long j)
 {
@@ -743,7 +743,7 @@ extern "C" void backward(const work *all_work, long head, long last, const eleme
 }
 """
 
-# %% ../nbs/00e_kernel.ipynb #906469c7
+# %% ../nbs/00e_kernel.ipynb #35c48d0b
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 
 
@@ -773,7 +773,7 @@ def build(**defines: int) -> Path:
             os.replace(f"{making}/{path.name}", path)
     return path
 
-# %% ../nbs/00e_kernel.ipynb #4484bec8
+# %% ../nbs/00e_kernel.ipynb #f7a87349
 ADDRESS, NUMBER = ctypes.c_void_p, ctypes.c_long
 
 
@@ -792,22 +792,25 @@ def load(bfloat16: bool, plain: bool = False) -> ctypes.CDLL:
     if os.name != "posix":
         raise OSError("attention is compiled on Linux and macOS only")
     kernel = ctypes.CDLL(str(build(BFLOAT16=int(bfloat16), PLAIN=int(plain))))
+    if not kernel.ready():
+        raise OSError("the system lends this process no tiles")
     for name, tensors in ("forward", 3), ("backward", 5):
         function, room = getattr(kernel, name), getattr(kernel, f"{name}_bytes")
         function.argtypes, function.restype = [ADDRESS, NUMBER, NUMBER, *[ADDRESS] * tensors], None
         room.argtypes, room.restype = [ADDRESS], NUMBER
     return kernel
 
-# %% ../nbs/00e_kernel.ipynb #5da32f79
+# %% ../nbs/00e_kernel.ipynb #b7f98c21
 @lru_cache
 def fastest(bfloat16: bool) -> ctypes.CDLL | None:
     "The kernel to use here; None, and a warning that says why, where there is none."
-    try:
-        kernel = load(bfloat16)
-        return kernel if kernel.ready() else load(bfloat16, plain=True)
-    except OSError as error:
-        warnings.warn(f"attention is not compiled, so training is slower: {error}", stacklevel=2)
-        return None
+    for plain in (False, True):
+        try:
+            return load(bfloat16, plain)
+        except OSError as error:
+            why = error
+    warnings.warn(f"attention is not compiled, so training is slower: {why}", stacklevel=2)
+    return None
 
 
 def kernel_for(x: torch.Tensor) -> ctypes.CDLL | None:
@@ -824,7 +827,7 @@ def attention_here() -> str:
         "PyTorch's" if kernel is None else "compiled, with tiles" if kernel.tiled() else "compiled"
     )
 
-# %% ../nbs/00e_kernel.ipynb #c5dc92ef
+# %% ../nbs/00e_kernel.ipynb #102ab365
 @lru_cache(maxsize=1)
 def workers(process: int, threads: int) -> ThreadPoolExecutor:
     "Threads of this process; one that was forked off has none of its parent's."
@@ -842,7 +845,7 @@ def share_heads(run: Callable[[int, int, int], None], heads: int, room: int) -> 
     else:
         list(workers(os.getpid(), threads).map(lambda share: run(*share), shares))
 
-# %% ../nbs/00e_kernel.ipynb #9a14046f
+# %% ../nbs/00e_kernel.ipynb #15464c9b
 class CompiledAttention(torch.autograd.Function):
     "Rotated causal attention of a kernel: see `attention`."
 
@@ -883,7 +886,7 @@ class CompiledAttention(torch.autograd.Function):
         share_heads(run, batch * heads, ctx.kernel.backward_bytes(work_at))
         return None, answer, None, None
 
-# %% ../nbs/00e_kernel.ipynb #356adc06
+# %% ../nbs/00e_kernel.ipynb #1071a166
 def compiled_attention(
     kernel: ctypes.CDLL, qkv: torch.Tensor, rotation: torch.Tensor, window: int
 ) -> torch.Tensor:
