@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Work', 'TURNS', 'OURS', 'SIZES_OF', 'timed', 'take_turns', 'rates', 'Sizes', 'meet', 'collect_ours',
-           'collect_unrecorded', 'steps_of', 'stock_env', 'collect_stock', 'physics_alone', 'collection_work',
-           'collection_turns', 'Between', 'GPT2', 'Encoder', 'peer_step', 'finished', 'products_per_transition',
-           'large_product', 'again', 'own_steps', 'training_turns', 'meta_agent', 'enter', 'Lives', 'Peer',
-           'Recomputed', 'Rolled', 'HuggingFace', 'reading_once', 'ants_alone', 'begun', 'beside_peers',
-           'along_a_lifetime', 'lives_here', 'share', 'among_processes', 'meta_test_turns', 'rates_table', 'plot_rates',
-           'device_name', 'machine']
+           'collect_unrecorded', 'steps_of', 'stock_env', 'stock_envs', 'dummy', 'subproc', 'collect_stock',
+           'EnvPoolVecEnv', 'physics_alone', 'collection_work', 'collection_turns', 'Between', 'GPT2', 'Encoder',
+           'peer_step', 'finished', 'products_per_transition', 'large_product', 'again', 'own_steps', 'training_cases',
+           'training_turns', 'kept_for_gradients', 'memory_table', 'meta_agent', 'enter', 'Lives', 'Peer', 'Recomputed',
+           'Rolled', 'HuggingFace', 'reading_once', 'ants_alone', 'begun', 'beside_peers', 'along_a_lifetime',
+           'lives_here', 'share', 'among_processes', 'meta_test_turns', 'rates_table', 'plot_rates', 'device_name',
+           'machine']
 
 # %% ../nbs/20_benchmarks.ipynb #702592e8
 import functools
@@ -17,12 +18,14 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -215,14 +218,32 @@ def stock_env(id: str) -> gym.Env:
         return gym.make(id)
 
 
+def stock_envs(config: CollectConfig) -> list[Callable[[], gym.Env]]:
+    "What makes the environments of a run, one for each stream."
+    return [functools.partial(stock_env, find_task(config.task).id)] * config.streams
+
+
+def dummy(config: CollectConfig, run: int) -> VecEnv:
+    "One environment after the other."
+    return DummyVecEnv(stock_envs(config))
+
+
+def subproc(config: CollectConfig, run: int) -> VecEnv:
+    "Each in a process of its own."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        return SubprocVecEnv(stock_envs(config), start_method="fork")
+
+
 def collect_stock(
-    kind: Callable[[list], VecEnv], config: CollectConfig, run: int, ready: Callable[[], None]
+    kind: Callable[[CollectConfig, int], VecEnv],
+    config: CollectConfig,
+    run: int,
+    ready: Callable[[], None],
 ) -> float:
     "Seconds of stock PPO on a `kind` of environments, which records nothing."
-    task = find_task(config.task).id
-    with own_generators(run), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        envs = kind([functools.partial(stock_env, task)] * config.streams)
+    with own_generators(run):
+        envs = kind(config, run)
         seen = VecNormalize(envs, gamma=config.gamma)
         model = PPO("MlpPolicy", seen, **ppo_settings(config))
         ready()
@@ -232,7 +253,53 @@ def collect_stock(
         seen.close()
     return seconds
 
+# %% ../nbs/20_benchmarks.ipynb #415d54f3
+class EnvPoolVecEnv(VecEnv):
+    "EnvPool for Stable-Baselines3: in the step that ends an episode the next one begins."
 
+    def __init__(self, config: CollectConfig, run: int):
+        import envpool
+
+        self.pool = envpool.make(
+            find_task(config.task).id, env_type="gymnasium", num_envs=config.streams,
+            num_threads=1, seed=run,
+        )  # fmt: skip
+        super().__init__(config.streams, self.pool.observation_space, self.pool.action_space)
+
+    def reset(self) -> np.ndarray:
+        observation: np.ndarray = self.pool.reset()[0]
+        return observation
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions.astype(np.float64)
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        observation, reward, terminated, truncated, _ = self.pool.step(self.actions)
+        answers: list[dict] = [{} for _ in range(self.num_envs)]
+        ended = np.flatnonzero(terminated | truncated)
+        for index in ended:
+            answers[index]["terminal_observation"] = observation[index].copy()
+            answers[index]["TimeLimit.truncated"] = bool(truncated[index] and not terminated[index])
+        if len(ended):
+            observation[ended] = self.pool.reset(ended.astype(np.int32))[0]
+        return observation, reward.astype(np.float32), terminated | truncated, answers
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list:
+        raise AttributeError(attr_name)
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *arguments: Any, **keywords: Any) -> list:
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * self.num_envs
+
+# %% ../nbs/20_benchmarks.ipynb #9587ea6d
 def physics_alone(config: CollectConfig, run: int, ready: Callable[[], None]) -> float:
     "Seconds of as many steps of the ants' physics with random actions."
     envs: Any = make_vector_env(config.task, config.streams)
@@ -273,15 +340,19 @@ def collection_turns(sizes: Sizes) -> pd.DataFrame:
     config = find_experiment("ant", sizes.collect_settings).collect
     config = replace(config, updates=sizes.collect_updates)
     processes = sizes.collect_processes or cores()
-    kinds = DummyVecEnv, functools.partial(SubprocVecEnv, start_method="fork")
-    dummy, subproc = (functools.partial(collect_stock, kind) for kind in kinds)
+
+    def stock(kind: Callable[[CollectConfig, int], VecEnv], processes: int) -> Work:
+        return collection_work(functools.partial(collect_stock, kind), config, processes)
+
     contestants = {
         OURS: collection_work(collect_ours, config, processes),
         f"{OURS}, nothing recorded": collection_work(collect_unrecorded, config, processes),
-        "stock SB3, DummyVecEnv": collection_work(dummy, config, processes),
-        "stock SB3, SubprocVecEnv": collection_work(subproc, config, 1),
-        "limit: physics alone": collection_work(physics_alone, config, processes),
+        "stock SB3, DummyVecEnv": stock(dummy, processes),
+        "stock SB3, SubprocVecEnv": stock(subproc, 1),
     }
+    if find_spec("envpool"):
+        contestants["stock SB3, EnvPool"] = stock(EnvPoolVecEnv, processes)
+    contestants["limit: physics alone"] = collection_work(physics_alone, config, processes)
     try:
         return take_turns("collection", "PPO on Ant-v4", "steps", contestants, sizes.rounds)
     finally:
@@ -403,47 +474,78 @@ def own_steps(trainer: Trainer) -> dict[str, Callable[[], float]]:
 
         return run
 
-    return {
+    def without_kernel() -> None:
+        with patch.dict(os.environ, GLA_NB_KERNEL="0"):
+            train_step(trainer)
+
+    steps = {
         OURS: step_with(lambda: train_step(trainer)),
         f"{OURS}, batches made in between": step_with(
             lambda: optimizer_step(trainer, batch_of(trainer, trainer.step))
         ),
-        "limit: ours on a batch that is ready": step_with(
-            lambda: optimizer_step(trainer, trainer.fixed[0])
-        ),
     }
+    if trainer.device.type == "cpu":
+        steps[f"{OURS}, PyTorch's attention"] = step_with(without_kernel)
+    ready = step_with(lambda: optimizer_step(trainer, trainer.fixed[0]))
+    return steps | {"limit: ours on a batch that is ready": ready}
 
-
-def training_turns(sizes: Sizes) -> pd.DataFrame:
-    "Optimiser steps of the Ant experiment, at each context, beside peers and the matrix product."
+# %% ../nbs/20_benchmarks.ipynb #4c72e61a
+def training_cases(sizes: Sizes) -> Iterator[tuple[int, dict[str, Callable[[], float]]]]:
+    "Each context in tokens, and an optimiser step of ours and of the peers by name."
     scale = sizes.training_scale
     row = find_experiment("ant", scale, gap=2)
     runs = collect(replace(row.collect, runs=2, updates=8 if scale != "smoke" else 4, epochs=1))
     tasks = [[*map(open_history, run_folders(runs))]]
-    per_step, turns = row.train.batch * row.train.tokens, []
+    per_step = row.train.batch * row.train.tokens
     for context in sizes.training_contexts:
         batch = max(1, per_step // context)
         config = replace(row.train, tokens=context, window=0, batch=batch, held_out=1)
         with cpu_threads(config.threads):
             trainer = Trainer(config, tasks, outputs_folder() / "benchmarks")
             shape = trainer.agent.config
-
-            contestants = own_steps(trainer) | {
+            peers = {
                 "Hugging Face GPT-2": peer_step(trainer, GPT2(shape)),
                 "torch.nn.TransformerEncoder": peer_step(trainer, Encoder(shape)),
-                "limit: bfloat16 matrix product": large_product(
-                    trainer, 256 if scale == "smoke" else 2048
-                ),
             }
-            turns.append(take_turns(
-                "training", f"context {context:,}", "transitions",
-                {
-                    name: timed(again(work, sizes.training_steps))
-                    for name, work in contestants.items()
-                },
-                sizes.rounds,
-            ))  # fmt: skip
+            limit = large_product(trainer, 256 if scale == "smoke" else 2048)
+            yield context, own_steps(trainer) | peers | {"limit: bfloat16 matrix product": limit}
+
+
+def training_turns(sizes: Sizes) -> pd.DataFrame:
+    "Optimiser steps of the Ant experiment, at each context, beside peers and the matrix product."
+    turns = []
+    for context, steps in training_cases(sizes):
+        contestants = {
+            name: timed(again(work, sizes.training_steps)) for name, work in steps.items()
+        }
+        case = f"context {context:,}"
+        turns.append(take_turns("training", case, "transitions", contestants, sizes.rounds))
     return pd.concat(turns, ignore_index=True)
+
+# %% ../nbs/20_benchmarks.ipynb #f065d372
+def kept_for_gradients(work: Callable[[], Any]) -> int:
+    "Bytes of the tensors that forward passes within `work` keep for their backward passes."
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        work()
+    return sum(kept.values())
+
+
+def memory_table(sizes: Sizes) -> pd.DataFrame:
+    "MiB that a step keeps for its gradient: one row for each model, one column for each context."
+    found: dict[str, dict[str, float]] = {}
+    for context, steps in training_cases(sizes):
+        for name, step in steps.items():
+            if "limit" not in name and "batches" not in name:
+                mebibytes = round(kept_for_gradients(step) / 2**20)
+                found.setdefault(name, {})[f"context {context:,}"] = mebibytes
+    return pd.DataFrame(found).T.rename_axis("kept for gradients, MiB").reset_index()
 
 # %% ../nbs/20_benchmarks.ipynb #8bebd866
 def meta_agent(sizes: Sizes, window: int) -> GLA:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import gymnasium as gym
 import nbformat
@@ -20,6 +21,7 @@ from gla_nb.agent import GLA
 from gla_nb.collect import CollectConfig, collect, run_folders
 from gla_nb.evaluate import meta_test
 from gla_nb.histories import episode_returns, export_histories, open_history
+from gla_nb.kernel import run_compiler
 from gla_nb.notebooks import check_parameters
 from gla_nb.tasks import Task, check_spaces, find_task, make_env
 from gla_nb.train import TrainConfig, train
@@ -227,9 +229,15 @@ def shipped(name):
     return GLA.from_pretrained(AGENTS / name)
 
 
+def no_compiler(*_):
+    with patch.dict(os.environ, PATH="", CXX=""):
+        run_compiler(given="")
+
+
 PROVOKED = {
     "python": lambda _, outputs: no_python(outputs),
     "parameter": lambda *_: check_parameters(ROOT / "nbs/10_figure3.ipynb", {"gap": 8}),
+    "compiler": no_compiler,
     "task": lambda *_: find_task("Ant-v44"),
     "observation space": lambda *_: make_env("Blackjack-v1"),
     "action space": lambda *_: check_spaces(Switches()),
