@@ -288,6 +288,8 @@ class EnvPoolVecEnv(VecEnv):
         self.pool.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list:
+        if attr_name == "render_mode":
+            return [None] * self.num_envs
         raise AttributeError(attr_name)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
