@@ -41,6 +41,7 @@ from safetensors.torch import save
 from .agent import GLA
 from .collect import CollectConfig, run_folders
 from .histories import History, HistoryError, open_history, update_mean, update_returns
+from .kernel import attention_here
 from gla_nb.projections import (
     SIZES,
     Projections,
@@ -1040,7 +1041,8 @@ def agent_card(trainer: Trainer) -> dict:
     "What a trained agent says of itself in its `config.json`."
     config = trainer.config
     final = {k: v for k, v in trainer.log[-1].items() if not isinstance(v, list)}
-    return {"gap": config.gap, "tasks": trainer.tasks, "train": plain(config), "losses": final}
+    card = {"gap": config.gap, "tasks": trainer.tasks, "train": plain(config), "losses": final}
+    return card | ({"attention": attention_here()} if trainer.device.type == "cpu" else {})
 
 # %% ../nbs/03_train.ipynb #92c0de3e
 def train(config: TrainConfig, histories: Path | str | list | tuple, live: bool = True) -> Path:

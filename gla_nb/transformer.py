@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .kernel import compiled_attention, kernel_for
+from .kernel import check_attention, compiled_attention, kernel_for
 from .projections import ACTION_SCALE, SIZES, TokenLayout
 
 # %% ../nbs/02b_transformer.ipynb #bb61ea7e
@@ -107,16 +107,21 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/02b_transformer.ipynb #cad4b944
 def plain_attention(qkv: torch.Tensor, rotation: torch.Tensor, window: int) -> torch.Tensor:
     "`causal_attention` by PyTorch, on any device."
+    check_attention(qkv, rotation, window)
     mask = window_mask(qkv.shape[1], window, str(qkv.device))
     q, k = rotate(qkv[:, :, :2], rotation[:, None, None]).unbind(2)
     q, k, v = (part.transpose(1, 2) for part in (q, k, qkv[:, :, 2].to(q)))  # (B, H, T, D)
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2).to(qkv.dtype)
 
 
 def causal_attention(qkv: torch.Tensor, rotation: torch.Tensor, window: int) -> torch.Tensor:
-    "Queries, keys, values `(B, T, 3, H, D)`, rotations `(T, R)` of the first 2 R; `(B, T, H, D)`."
+    """Each token attends to itself and the `window - 1` tokens before it.
+
+    Takes queries, keys, values `(B, T, 3, H, D)` and complex rotations `(T, R)`, which turn the
+    first R pairs of queries and keys; gives `(B, T, H, D)`. Raises `ValueError` for other shapes.
+    """
     kernel = kernel_for(qkv)
     if kernel is None:
         return plain_attention(qkv, rotation, window)

@@ -1,13 +1,22 @@
 "The compiled attention: what attention is by definition, from any thread, on any machine."
 
+import ctypes
+import multiprocessing
 import os
+import platform
+import shlex
 import shutil
+import subprocess
+import sys
+import threading
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gla_nb import kernel as module
 from gla_nb.agent import GLA
@@ -20,6 +29,7 @@ from gla_nb.kernel import (
     kernel_for,
     load,
     run_compiler,
+    share_heads,
 )
 from gla_nb.projections import TokenLayout
 from gla_nb.train import divergences, new_optimizer, total
@@ -30,23 +40,33 @@ compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX") or "c++"), reason="there is no C++ compiler"
 )
 KINDS = {
-    "float32": (torch.float32, partial(load, False)),
-    "bfloat16, vectors": (torch.bfloat16, partial(load, True, plain=True)),
-    "bfloat16, tiles": (torch.bfloat16, partial(load, True)),
+    "float32": (torch.float32, True),
+    "bfloat16, vectors": (torch.bfloat16, True),
+    "bfloat16, tiles": (torch.bfloat16, False),
 }
 
 
 @pytest.fixture(params=KINDS)
 def kind(request):
     "A type of elements, and attention over them by a kernel."
-    dtype, loaded = KINDS[request.param]
+    dtype, plain = KINDS[request.param]
     try:
-        kernel = loaded()
+        kernel = load(dtype, plain)
     except OSError as error:
         pytest.skip(str(error))  # the system lends no tiles
-    if request.param.endswith("tiles") and not kernel.tiled():
+    if not plain and not kernel.tiled:
         pytest.skip("this processor has no tiles")
     return dtype, partial(compiled_attention, kernel)
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    "Nothing is compiled yet."
+    fastest.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("GLA_NB_KERNEL", raising=False)
+    yield tmp_path / "gla_nb"
+    fastest.cache_clear()
 
 
 def inputs(batch, length, heads, size, turned, dtype=torch.float32, seed=0):
@@ -94,6 +114,8 @@ SHAPES = [  # batch, length, heads, size, pairs that are turned, window
     (2, 256, 2, 32, 16, 63),
     (1, 300, 1, 128, 64, 129),
     (1, 321, 2, 34, 0, 128),
+    (1, 130, 2, 32, 16, 34),
+    (1, 100, 1, 32, 16, 2),
     (1, 1030, 1, 32, 16, 400),
 ]
 
@@ -111,7 +133,7 @@ def test_it_is_attention_by_definition(kind, shape):
         if expected.norm() < 1e-9:  # a query that sees one key has no gradient
             assert each.norm() < 1e-6 * grad.double().norm()
         else:
-            assert error(each, expected) < (3e-6 if dtype == torch.float32 else 6e-3)
+            assert error(each, expected) < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
 def pytorch_in_bfloat16(qkv, rotation, window):
@@ -190,17 +212,145 @@ def test_it_takes_views_and_leaves_its_input_alone(kind):
     assert torch.equal(ours, expected) and torch.equal(qkv, kept)
 
 
+TILES = r"""
+struct alignas(64) tiles { unsigned char palette, start, zeros[14]; unsigned short bytes[16];
+    unsigned char rows[16]; };
+extern "C" void configure() {
+    tiles ours = {}; ours.palette = 1; ours.bytes[3] = 24; ours.rows[3] = 5;
+    asm volatile("ldtilecfg %0" ::"m"(ours)); }
+extern "C" int configured() {
+    tiles now; asm volatile("sttilecfg %0" : "=m"(now)); return now.bytes[3] * 100 + now.rows[3]; }
+extern "C" void release() { asm volatile("tilerelease"); }
+"""
+
+
 @compiler
-def test_products_of_pytorch_find_their_tiles_again(kind):
-    "oneDNN leaves the tiles of a thread configured; a kernel that changed that would break it."
+def test_tiles_are_configured_afterwards_as_they_were_before(tmp_path):
+    "Of whoever else multiplies in this thread."
+    try:
+        kernel = load(torch.bfloat16)
+    except OSError as error:
+        pytest.skip(str(error))
+    if not kernel.tiled:
+        pytest.skip("this processor has no tiles")
+    run_compiler("-o", str(tmp_path / "tiles.so"), given=TILES)
+    tiles = ctypes.CDLL(str(tmp_path / "tiles.so"))
+    qkv, rotation, _ = inputs(1, 70, 1, 16, 8, torch.bfloat16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tiles.configure()
+    try:
+        compiled_attention(kernel, qkv, rotation, 70)
+        assert tiles.configured() == 24 * 100 + 5
+        tiles.release()
+        compiled_attention(kernel, qkv, rotation, 70)
+        assert tiles.configured() == 0
+    finally:
+        tiles.release()
+        torch.set_num_threads(before)
+
+
+@compiler
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors(fresh, monkeypatch, march):
+    "16 and 32 bytes: of processors that have no wider ones."
+    if platform.machine() != "x86_64":
+        pytest.skip("not a processor of this kind")
+    flags = [f"-march={march}" if flag.startswith("-march") else flag for flag in FLAGS]
+    monkeypatch.setattr(module, "FLAGS", tuple(flags))
+    for dtype, allowed in (torch.float32, 1e-6), (torch.bfloat16, 6e-3):
+        attention = partial(compiled_attention, load(dtype, plain=True))
+        for *sizes, window in (2, 70, 2, 24, 6, 40), (1, 129, 1, 96, 8, 200):
+            qkv, rotation, grad = inputs(*sizes, dtype)
+            parts = [with_gradient(f, qkv, rotation, grad, window) for f in (attention, definition)]
+            assert error(*(torch.cat(part) for part in parts)) < allowed
+
+
+@compiler
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**32 + 5, 10**12, 2**64 + 3])
+def test_windows_of_any_length(kind, window):
     dtype, attention = kind
-    made = torch.Generator().manual_seed(0)
-    left, right = torch.randn(2, 96, 96, generator=made).bfloat16()
-    expected = left @ right
-    qkv, rotation, _ = inputs(1, 70, 1, 16, 8, dtype)
-    for _ in range(3):
-        attention(qkv, rotation, 70)
-        assert torch.equal(left @ right, expected)
+    qkv, rotation, grad = inputs(1, 70, 1, 16, 8, dtype)
+    ours, whole = (with_gradient(attention, qkv, rotation, grad, w) for w in (window, 70))
+    assert all(map(torch.equal, ours, whole))
+
+
+@compiler
+@pytest.mark.parametrize("shape", [(0, 9, 3, 1, 16), (2, 0, 3, 1, 16), (2, 9, 3, 0, 16)], ids=str)
+def test_nothing_at_all(kind, shape):
+    dtype, attention = kind
+    qkv = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    y = attention(qkv, rotations(torch.arange(shape[1]), 16, 100.0), 4)
+    y.sum().backward()
+    assert y.shape == (*shape[:2], *shape[3:]) and not qkv.grad.any()
+
+
+@compiler
+def test_gradients_under_checkpointing_and_other_defaults(kind):
+    "What was saved may come back at other addresses; memory is of the kernel's own types."
+    dtype, attention = kind
+    qkv, rotation, grad = inputs(2, 90, 2, 16, 8, dtype)
+    expected = with_gradient(attention, qkv, rotation, grad, 50)
+    again = partial(checkpoint, attention, use_reentrant=False)
+    assert all(map(torch.equal, with_gradient(again, qkv, rotation, grad, 50), expected))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.numpy(force=True).copy() if x.dtype != torch.bfloat16 else x.clone(),
+        torch.as_tensor,
+    ):
+        assert all(map(torch.equal, with_gradient(attention, qkv, rotation, grad, 50), expected))
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        y = attention(qkv, rotation.to(torch.complex128), 50)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(y.flatten().double(), expected[0])
+
+
+@compiler
+def test_after_an_interrupt_threads_still_own_what_they_write_to():
+    "A share that fails does not free the memory of one that goes on."
+    started, go_on, seen = threading.Event(), threading.Event(), []
+
+    def run(first, last, memory):
+        if first:
+            started.wait(10)
+            raise KeyboardInterrupt
+        started.set()
+        go_on.wait(10)
+        memory.fill_(7)
+        seen.append(memory)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        threading.Timer(0.3, go_on.set).start()
+        with pytest.raises(KeyboardInterrupt):
+            share_heads(run, 2, 1000)
+        assert (seen[0] == 7).all() and len(seen[0]) == 1000
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiler
+def test_a_process_that_was_forked_has_threads_of_its_own():
+    qkv, rotation, _ = inputs(2, 70, 2, 16, 8)
+    attention = partial(compiled_attention, load(torch.float32))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = attention(qkv, rotation, 70)  # the threads are there
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            found = pool.apply_async(fork_attends, (qkv.numpy(), rotation.numpy())).get(60)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.from_numpy(found), expected)
+
+
+def fork_attends(qkv, rotation):
+    qkv, rotation = torch.from_numpy(qkv), torch.from_numpy(rotation)
+    return compiled_attention(load(torch.float32), qkv, rotation, 70).numpy()
 
 
 @compiler
@@ -219,30 +369,36 @@ def test_other_shapes_are_refused(qkv, rotation, window):
     "They would be read beyond their ends."
     with pytest.raises(ValueError, match=r"give \(B, T, 3, H, D\)"):
         compiled_attention(
-            load(False), torch.zeros(qkv), torch.zeros(rotation, dtype=torch.complex64), window
+            load(torch.float32),
+            torch.zeros(qkv),
+            torch.zeros(rotation, dtype=torch.complex64),
+            window,
         )
+    with pytest.raises(ValueError, match=r"give \(B, T, 3, H, D\)"):
+        plain_attention(torch.zeros(qkv), torch.zeros(rotation, dtype=torch.complex64), window)
+
+
+@compiler
+def test_other_types_are_refused():
+    qkv, rotation, _ = inputs(1, 9, 1, 8, 4)
+    kernel = load(torch.float32)
+    for other in (qkv.bfloat16(), qkv.double(), qkv.to("meta")):
+        with pytest.raises(ValueError, match="a kernel for torch.float32 on a CPU"):
+            compiled_attention(kernel, other, rotation, 9)
+    with pytest.raises(ValueError, match="complex"):
+        compiled_attention(kernel, qkv, rotation.real, 9)
 
 
 @compiler
 def test_second_derivatives_are_refused():
     qkv, rotation, _ = inputs(1, 9, 1, 8, 4)
-    y = compiled_attention(load(False), qkv.requires_grad_(), rotation, 9)
+    y = compiled_attention(load(torch.float32), qkv.requires_grad_(), rotation, 9)
     (slope,) = torch.autograd.grad(y.square().sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
 
 # What is used, and when -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    "Nothing is compiled yet."
-    fastest.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("GLA_NB_KERNEL", raising=False)
-    yield tmp_path / "gla_nb"
-    fastest.cache_clear()
 
 
 @compiler
@@ -258,6 +414,43 @@ def test_it_is_compiled_once_and_whole(fresh, monkeypatch):
     with pytest.raises(OSError, match="failed:"):
         build(BFLOAT16=0)
     assert len(list(fresh.iterdir())) == 3
+
+
+@compiler
+def test_processes_may_compile_at_once(fresh):
+    code = "import torch; from gla_nb.kernel import load; print(load(torch.float32).element)"
+    calls = [subprocess.Popen([sys.executable, "-c", code], stdout=-1) for _ in range(3)]
+    assert [call.communicate(timeout=120)[0] for call in calls] == [b"torch.float32\n"] * 3
+    assert len(list(fresh.iterdir())) == 1
+
+
+@compiler
+def test_a_processor_that_lends_no_tiles_uses_vectors(fresh, monkeypatch):
+    asked = []
+
+    def refuse(element, plain=False):
+        asked.append(plain)
+        if not plain:
+            raise OSError("the system lends this process no tiles")
+        return load(element, plain)
+
+    monkeypatch.setattr(module, "load", refuse)
+    assert not fastest(torch.bfloat16).tiled and asked == [False, True]
+
+
+@compiler
+def test_compilers_with_options(monkeypatch):
+    found = shlex.split(os.environ.get("CXX") or "c++")
+    monkeypatch.setenv("CXX", shlex.join([*found, "-DFROM_CXX=12"]))
+    assert "#define FROM_CXX 12" in run_compiler("-dM", "-E", given="")
+
+
+@compiler
+def test_without_a_home(fresh, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.warns(UserWarning, match="set XDG_CACHE_HOME to a folder: no home"):
+        assert fastest(torch.float32) is None
 
 
 @pytest.mark.parametrize(
