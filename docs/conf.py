@@ -16,8 +16,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "reposi
 nitpicky = True
 # What other libraries document is not linked.
 nitpick_ignore_regex = [(r"py:.*", r"(?!gla_nb\.)\w+\..*")]
-# Imported for annotations alone, so that Sphinx sees no more than their last name.
-nitpick_ignore = [("py:class", name) for name in ("Axes", "Figure", "SummaryWriter")]
+# Sphinx sees no more than their last name.
+nitpick_ignore = [("py:class", name) for name in ("Axes", "Figure", "SummaryWriter", "VecEnv")]
 
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 6  # links to headings are written as on GitHub
