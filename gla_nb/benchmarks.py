@@ -467,7 +467,7 @@ def again(work: Callable[[], float], times: int) -> Callable[[], float]:
 
 
 def own_steps(trainer: Trainer) -> dict[str, Callable[[], float]]:
-    "Our optimiser step, on batches that are made in three ways."
+    "Our optimiser step: on batches made in three ways, and with PyTorch's attention."
 
     def step_with(step: Callable[[], None]) -> Callable[[], float]:
         def run() -> float:
